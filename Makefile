@@ -50,7 +50,7 @@ docs: install-dev
 	$(BIN)/sphinx-build -E -W --keep-going -q -b html docs build/docs
 
 test: check docs $(VENV)/.installed-starter
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Each Python that is supported and on the path, in a virtual environment of its own.
 PYTHONS := 3.11 3.12 3.13 3.14

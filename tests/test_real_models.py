@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from koine.combine import upcycle_btx
 from koine.evaluate import bits_per_byte
 from koine.generate import LocalEngine, Sampling
 from koine.model import Decoder, load_causal_lm
@@ -61,6 +64,45 @@ def test_greedy_continuations_are_those_of_transformers(folder: Path, theirs: An
                 eos_token_id=sorted(engine.stop_ids),
             )
         assert list(one.completion().tokens) == whole[0, len(prompt) :].tolist(), language
+
+
+def test_a_mixture_of_branches_answers_as_its_class_in_transformers(tmp_path: Path) -> None:
+    """Two branches of SmolLM2, upcycled to a Mixtral. Other choices of the router give other texts."""
+    seed = model_directory(SMOLLM2)
+    branches = {
+        name: write_branch(seed, tmp_path / name, number) for number, name in enumerate(("code", "law"))
+    }
+    upcycle_btx(seed, branches, tmp_path / "mixture", top_k=2, normalise_top_k=True)
+    engine = LocalEngine(tmp_path / "mixture", dtype="float32")
+    prompts = [engine.encode_text(TEXTS[language]) for language in ("en", "de")]
+    pending = [engine.submit(prompt, Sampling(temperature=0, max_new_tokens=16)) for prompt in prompts]
+    for one in pending:
+        engine.wait(one)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "mixture", dtype=torch.float32
+    ).eval()
+    assert type(model).__name__ == "MixtralForCausalLM"
+    for prompt, one in zip(prompts, pending, strict=True):
+        with torch.no_grad():
+            whole = model.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=16,
+                do_sample=False,
+                eos_token_id=sorted(engine.stop_ids),
+            )
+        assert list(one.completion().tokens) == whole[0, len(prompt) :].tolist()
+
+
+def write_branch(seed: Path, out: Path, number: int) -> Path:
+    """Write the seed with random numbers of a tenth of each matrix's spread added."""
+    shutil.copytree(seed, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(seed / "model.safetensors")
+    generator = torch.Generator().manual_seed(number)
+    for tensor in tensors.values():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+        tensor.add_((0.1 * tensor.float().std() * noise).to(tensor.dtype))
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 def test_bits_per_byte_are_those_of_transformers(folder: Path, theirs: Any) -> None:

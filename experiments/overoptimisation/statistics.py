@@ -59,8 +59,7 @@ def _powers(x: Array, degree: int) -> Array:
 
 def fitted_curve(x: Array, y: Array, degree: int) -> Array:
     """Return the coefficients of 1, z, z^2 ..., z the standardised x, by least squares."""
-    found = np.asarray(np.linalg.lstsq(_powers(x, degree), y, rcond=None)[0], dtype=np.float64)
-    return found
+    return np.asarray(np.linalg.lstsq(_powers(x, degree), y, rcond=None)[0], dtype=np.float64)
 
 
 def left_out_rmse(x: Array, y: Array, degree: int, index: Index) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from koine.align import LossSpec
@@ -20,13 +21,14 @@ from koine.align.online import OnlineOrder, OnlineSettings, summary_of, train_on
 from koine.align.prompts import encode_prompts
 from koine.align.rewards import RewardFailure
 from koine.align.rollouts import read_rollouts
+from koine.cli.main import cli
 from koine.errors import UserError
 from koine.generate.sampling import Sampling
 from koine.model import load_causal_lm
 from koine.tokenizer import load_tokenizer
 from koine.train import TrainSettings
 from tests.align.world import model_of, write_tokenizer
-from tests.data.conftest import document
+from tests.data.conftest import document, write_records
 from tests.train.test_distributed import run
 
 RECORDS: list[dict[str, Any]] = [
@@ -77,11 +79,12 @@ def run_training(
     learning_rate: float = 3e-3,
     micro_batch_size: int = 0,
     reference: Any = "start",
+    dtype: Any = "float32",
     **changed: Any,
 ) -> Path:
     tokenizer = load_tokenizer(start)
     settings = TrainSettings(
-        dtype="float32",
+        dtype=dtype,
         threads=1,
         learning_rate=learning_rate,
         schedule="constant",
@@ -255,6 +258,44 @@ def test_replay_trains_on_completions_of_an_earlier_policy(start: Path, tmp_path
     assert moved[3] > 1e-2
 
 
+def test_a_lost_draw_of_an_earlier_policy_cannot_be_repeated(start: Path, tmp_path: Path) -> None:
+    """The weights of the draw are gone; a later step says so, and does not draw from other weights."""
+    calls = []
+
+    def failing(conversation: Any, completion: str, record: Any) -> float:
+        calls.append(completion)
+        if len(calls) > 15:
+            raise RuntimeError("stopped")
+        return letters(conversation, completion, record)
+
+    def again() -> None:
+        run_training(start, tmp_path / "run", draw_every=3)
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_training(start, tmp_path / "run", draw_every=3, reward=failing)
+    for name, words in (("behaviour-*", "no log-probabilities"), ("prompts-*", "no completions of step 1")):
+        [file] = (tmp_path / "run" / "rollouts" / "step-000001").glob(name)
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(UserError, match=words):
+            again()
+        file.write_bytes(content)
+    again()
+    run_training(start, tmp_path / "whole", draw_every=3)
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+def test_replay_in_bfloat16_measures_the_policy_and_not_the_rounding(start: Path, tmp_path: Path) -> None:
+    """With a learning rate of almost 0 the ratio is 1 at later steps too, so the surrogate is 0."""
+    run_training(
+        start, tmp_path / "run", "rloo:beta=0", steps=2, draw_every=2, learning_rate=1e-12, dtype="bfloat16"
+    )
+    first, second = figures(tmp_path / "run")
+    assert second["moved"] == pytest.approx(0, abs=1e-6)
+    assert abs(second["loss"]) < 1e-6
+    assert first["moved"] > 1e-3
+
+
 def test_failures_are_counted_and_left_out(start: Path, tmp_path: Path) -> None:
     def failing(conversation: Any, completion: str, record: Any) -> float:
         if record["id"] == "p0":
@@ -347,3 +388,53 @@ def test_bad_settings(start: Path, tmp_path: Path) -> None:
     run_training(start, tmp_path / "run", steps=1)
     with pytest.raises(UserError, match="k: 3 -> 4"):
         run_training(start, tmp_path / "run", steps=1, k=4)
+
+
+def test_an_adapter_learns_and_its_base_stays(start: Path, tmp_path: Path) -> None:
+    """An adapter is in no packed weight: completions come from the model as it is, adapter included."""
+    arguments = ["align", "online", "--model", str(start), "--prompts", str(write_prompts(tmp_path))]
+    arguments += [
+        "--loss",
+        "rloo:beta=0.1",
+        "--reward",
+        "length:most=2",
+        "--k",
+        "3",
+        "--prompts-per-step",
+        "3",
+    ]
+    arguments += ["--steps", "2", "--max-new-tokens", "6", "--lora-rank", "4", "--learning-rate", "1e-2"]
+    arguments += ["--lora-alpha", "64", "--dtype", "float32", "--out", str(tmp_path / "adapter")]
+    result = CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["rounds"][0]["scored"] == 2 * 3 * 3
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    lines = figures(tmp_path / "adapter")
+    assert lines[0]["log_ratio"] == pytest.approx(0, abs=1e-4)
+    # After the first update the trainer still agrees with the engine, and both have left the reference.
+    assert lines[1]["moved"] < 1e-4
+    assert abs(lines[1]["log_ratio"]) > 1e-3
+
+
+def test_the_step_of_plans(start: Path, tmp_path: Path) -> None:
+    from koine.steps.alignment import train_online_model
+
+    train_online_model(
+        start,
+        write_prompts(tmp_path),
+        loss="copg:beta=0.1",
+        reward="length:most=2",
+        settings=TrainSettings(dtype="float32", threads=1),
+        steps=2,
+        k=2,
+        prompts_per_step=2,
+        max_new_tokens=4,
+        out=tmp_path / "model",
+    )
+    metrics = json.loads((tmp_path / "model" / "metrics.json").read_text())
+    assert metrics["scored"] == 8
+    assert load_causal_lm(tmp_path / "model").vocab_size > 0
+
+
+def write_prompts(folder: Path) -> Path:
+    return write_records(folder / "prompts.jsonl", RECORDS)

@@ -23,6 +23,12 @@ CASES = (
         says="branch/config.json: norm_eps is 0.001, and 1e-05 in model; experts are branches of one seed: give models of equal shape",
     ),
     Case(
+        mistake="branches of two families",
+        command="upcycle btx --seed-model llama --experts qwen --out new",
+        prepare=worlds.having("llama", "qwen"),
+        says="qwen/config.json: is a qwen3 model, and llama a llama model (qk_norm of layer 0 is head, and not given there); experts are branches of one seed: give models of one family",
+    ),
+    Case(
         mistake="an expert with another tokenizer",
         command=BTX,
         prepare=worlds.having(

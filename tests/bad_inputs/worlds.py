@@ -114,6 +114,28 @@ def build_tokens(out: Path) -> None:
     )  # fmt: skip
 
 
+PAIRS = (
+    {"prompt": "Is the river long?", "chosen": "It is nine miles long.", "rejected": "No.", "language": "en"},
+    {
+        "prompt": "Where does it end?",
+        "chosen": "In the sea.",
+        "rejected": "Nowhere at all.",
+        "language": "en",
+    },
+    {"prompt": "Wie hoch ist der Berg?", "chosen": "Sehr hoch.", "rejected": "Berg.", "language": "de"},
+)
+
+
+def build_pairs(out: Path) -> None:
+    """Build token shards of preferences."""
+    source = out.with_name("pairs.jsonl")
+    source.write_text("".join(json.dumps(one) + "\n" for one in PAIRS), encoding="utf-8")
+    run_koine(
+        "data", "tokenize", str(source), "--tokenizer", str(built("tokenizer")), "--kind", "preferences",
+        "--out", str(out),
+    )  # fmt: skip
+
+
 def build_model(out: Path) -> None:
     """Build a model with random weights: errors of a model directory do not depend on what was learnt."""
     import torch
@@ -124,6 +146,13 @@ def build_model(out: Path) -> None:
     torch.manual_seed(0)
     config = preset("koine-0.5m", load_tokenizer(built("tokenizer")).vocab_size)
     save_model(Decoder(config), out, tokenizer=built("tokenizer"))
+
+
+def build_reward(out: Path) -> None:
+    """Build a reward model with random weights."""
+    from koine.model.reward_model import start_reward_model
+
+    start_reward_model(built("model")).save(out, tokenizer=built("tokenizer"))
 
 
 def build_exportable(out: Path) -> None:
@@ -208,6 +237,28 @@ def build_unrelated(out: Path) -> None:
     save_model(Decoder(read_config(built("model"))), out, tokenizer=built("tokenizer"))
 
 
+def family_model(model_type: str) -> Callable[[Path], None]:
+    """Build a small model of one of the classes of `transformers`, of one shape for all classes."""
+
+    def build(out: Path) -> None:
+        import torch
+
+        from koine.model import Decoder, save_model
+        from koine.model.formats.config_json import from_json
+        from koine.tokenizer import load_tokenizer
+
+        fields = {
+            "model_type": model_type, "vocab_size": load_tokenizer(built("tokenizer")).vocab_size,
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 8, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 64, "rope_theta": 10_000.0, "tie_word_embeddings": True,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        save_model(Decoder(from_json(fields, where=out / "config.json")), out, tokenizer=built("tokenizer"))
+
+    return build
+
+
 def build_mixture(out: Path) -> None:
     run_koine(
         "upcycle",
@@ -254,13 +305,17 @@ TRAIN = (
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "tokenizer": build_tokenizer,
     "tokens": build_tokens,
+    "pairs": build_pairs,
     "model": build_model,
+    "reward": build_reward,
     "exportable": build_exportable,
     "gguf": build_gguf,
     "pickled": build_pickled,
     "branch": build_branch,
     "adapter": build_adapter,
     "unrelated": build_unrelated,
+    "llama": family_model("llama"),
+    "qwen": family_model("qwen3"),
     "mixture": build_mixture,
     "trained": build_trained,
     "halfway": build_halfway,

@@ -49,6 +49,9 @@ EXPERTS = "--seed-model model --experts branch --out new"
 
 # command -> a small run of it, and keys of its answer
 COMMANDS: dict[str, tuple[str, ...]] = {
+    "align reward --model model --data pairs --evaluate-pairs pairs --steps 2 --batch-size 2 --sequence-length 64 --out new": (
+        "written", "steps", "best", "evaluation",
+    ),
     "adopt tokens --run r --name one": ("written",),
     "align watch model branch --data pairs.jsonl --limit 1 --max-new-tokens 4 --out new": ("written", "verdict", "figures"),
     "align score completions.jsonl --reward answer --out new.jsonl": ("scored", "mean", "failures", "written"),
@@ -57,6 +60,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "align online --model model --prompts prompts.jsonl --reward length:most=2 --loss rloo --out new --dry-run": ("completions",),
     "align revise --model model --prompts prompts.jsonl --revision Again --max-new-tokens 4 --out new.jsonl": (
         "answers", "changed", "written",
+    ),
+    "align inspect pairs --model model --held-out pairs --device cpu --no-identify-languages": (
+        "kind", "languages", "total", "displacing",
     ),
     "data sample --languages de --documents-per-language 5 --questions-per-language 5 --code-bytes 0 --out new": (
         "languages", "code", "written",
@@ -116,6 +122,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "tokenizer",
         "text",
         "tokens",
+        "pairs",
         "model",
         "branch",
         "mixture",

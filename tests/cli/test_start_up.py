@@ -71,6 +71,19 @@ def test_the_help_of_a_verb_imports_nothing_heavy(verb: str) -> None:
     assert modules.isdisjoint(HEAVY), sorted(modules.intersection(HEAVY))
 
 
+def test_a_model_is_loaded_without_the_compiler_of_torch(tmp_path: Path) -> None:
+    """The compiler takes as long to import as torch itself."""
+    from koine.model import Decoder, preset, save_model
+    from tests.bad_inputs.worlds import built
+
+    tokenizer = built("tokenizer")
+    save_model(Decoder(preset("koine-0.5m", 300)), tmp_path / "model", tokenizer=tokenizer)
+    words = ("chat", str(tmp_path / "model"), "--complete", "--once", "Hello", "--max-new-tokens", "2")
+    _, modules = modules_after(*words)
+    assert "torch" in modules
+    assert modules.isdisjoint({"torch._dynamo", "torch._inductor", "sympy", "transformers"})
+
+
 def test_another_project_named_koine_is_named_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "koine").mkdir()
     (tmp_path / "koine" / "__init__.py").write_text("__version__ = '0.11.2'\n")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
 
 from koine.model import Decoder, ModelConfig, hybrid_layers, save_model
-from koine.tokenizer import train_tokenizer
+from koine.tokenizer import Tokenizer, train_tokenizer
 from koine.tokenizer.special import SMALLEST_VOCABULARY
 
 
@@ -23,14 +24,20 @@ def small_config(**fields: int) -> ModelConfig:
     return ModelConfig(**(sizes | fields), layers=hybrid_layers(4, window=7), initializer_range=0.15)
 
 
+@functools.cache
+def smallest_tokenizer() -> Tokenizer:
+    """Return a tokenizer of bytes and special tokens."""
+    return train_tokenizer(
+        {"de": lambda: ["ein Text"]}, vocab_size=SMALLEST_VOCABULARY, scheme="natural", english_share=None
+    )
+
+
 def write_branches(
     folder: Path, names: tuple[str, ...], *, dtype: torch.dtype = torch.float32
 ) -> tuple[Path, dict[str, Path]]:
     """`folder/seed`, and a branch of each name: the seed with a tenth of its weights' spread added."""
     tokenizer = folder / "tokenizer"
-    train_tokenizer(
-        {"de": lambda: ["ein Text"]}, vocab_size=SMALLEST_VOCABULARY, scheme="natural", english_share=None
-    ).save(tokenizer)
+    smallest_tokenizer().save(tokenizer)
     torch.manual_seed(0)
     seed = Decoder(small_config())
     save_model(seed, folder / "seed", tokenizer=tokenizer, dtype=dtype)

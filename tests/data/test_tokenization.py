@@ -201,5 +201,7 @@ def test_other_processes_may_rename_files_in_the_folder(
     # A link to nothing is seen in the folder, and cannot be opened: as a file that has gone.
     (tmp_path / ".shard-00001.json.12345.partial").symlink_to(tmp_path / "gone")
     record = {"text": "one", "language": "de", "domain": "d", "source": "s", "id": "1"}
-    tokenizing._write_shard(tmp_path, 0, [record], "digest", tokenizer)
+    tokenizing._write_shard(
+        tmp_path, 0, [record], "digest", tokenizing.Encoding(tokenizer, "documents", None)
+    )
     assert (tmp_path / "shard-00000.json").exists()

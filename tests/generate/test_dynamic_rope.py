@@ -11,12 +11,15 @@ import torch
 from koine.generate import Sampling, Scheduler
 from koine.generate.cpu.prepacked_linear import can_prepack, prepack
 from koine.model import Decoder, load_model
+from koine.model.causal_lm import load_with_transformers
+from koine.steps.training import extend_context
 from tests.generate.prompts import prompt_of
 
 transformers = pytest.importorskip("transformers", reason="the comparison needs the extra [hf]")
 
 CONTEXT = 48
 """Length up to which the frequencies are those without scaling; longer than the shortest prefix kept."""
+FACTOR = 4.0
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = transformers.LlamaConfig(
         vocab_size=99, hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.3, eos_token_id=None,
-        rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": FACTOR},
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("dynamic")
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
@@ -49,6 +52,46 @@ def opened(folder: Path, packed: bool) -> Decoder:
     if packed and not can_prepack(model):
         pytest.skip("this build of torch packs no weights")
     return prepack(model) if packed else model
+
+
+def logits_of_the_class(folder: Path, ids: list[int], **changes: Any) -> torch.Tensor:
+    """Return the logits `[time, vocab]` of the class of `transformers`, with other RoPE parameters."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.rope_parameters = {**config.rope_parameters, **changes}
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config).eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor([ids])).logits[0]
+    return logits
+
+
+def logits_of_ours(model: Decoder, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.logits(model(torch.tensor([ids])))[0]
+
+
+def test_the_context_is_the_trained_one_times_the_factor(folder: Path) -> None:
+    """A text of that length has the logits of the class."""
+    model = opened(folder, False)
+    assert model.config.max_position_embeddings == CONTEXT
+    assert model.context_length == load_with_transformers(folder).context_length == CONTEXT * FACTOR
+    ids = prompt_of(model.context_length, 4)
+    torch.testing.assert_close(
+        logits_of_ours(model, ids), logits_of_the_class(folder, ids), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_longer_context_grows_the_factor(folder: Path) -> None:
+    """A short text keeps its logits; those of a long one are the class's with the larger factor."""
+    model = opened(folder, False)
+    short, long = prompt_of(CONTEXT, 5), prompt_of(300, 6)
+    before = logits_of_ours(model, short)
+    extend_context(model, CONTEXT * 2, 0.0)
+    assert model.context_length == CONTEXT * FACTOR
+    extend_context(model, len(long), 0.0)
+    assert model.context_length == len(long)
+    assert torch.equal(logits_of_ours(model, short), before)
+    expected = logits_of_the_class(folder, long, factor=len(long) / CONTEXT)
+    torch.testing.assert_close(logits_of_ours(model, long), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("packed", [True, False])

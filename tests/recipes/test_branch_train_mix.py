@@ -12,11 +12,15 @@ from koine.data.inspect_step import documents_at_step
 from koine.errors import UserError
 from koine.files import read_json
 from koine.model import read_config
+from koine.plan import PlannedInput
 from koine.plan.loading import make_plan
 from koine.plan.run.scheduler import execute
 from koine.recipes.branch_train_mix import branch_train_mix
+from koine.steps import checks
 from koine.steps.combination import METHODS, combine_branches
 from tests.combine.models import write_branches
+from tests.combine.moe.families import write_family
+from tests.plan.inline import InlineExecutor
 
 SENTENCES = {
     "code": "def f{0}(x): return x + {0}\n",
@@ -58,7 +62,7 @@ def test_from_a_seed_and_folders_to_a_model_with_one_domain_more(world: Path, tm
     given = settings(world, new_domain=f"maths={world / 'maths.jsonl'}", general=world / "law.jsonl")
     plan = make_plan(branch_train_mix, given, name="btm", runs=tmp_path)
     assert plan.nodes["mixed"].parents[0] == "seed-given"
-    execute(plan)
+    execute(plan, executor=InlineExecutor())
     results = read_json(tmp_path / "btm" / "results.json")
     assert list(results) == [
         "seed", "expert-code", "expert-law", "mixed", "model", "expert-maths", "grown", "extended",
@@ -97,7 +101,7 @@ def documents_of_training(model: Path) -> set[tuple[str, str]]:
 def test_an_average_passes_on_the_documents_already_drawn(world: Path, tmp_path: Path) -> None:
     """An average has no record of its own, and its training goes on after those of its branches too."""
     plan = make_plan(branch_train_mix, settings(world, method="average"), name="average", runs=tmp_path)
-    execute(plan)
+    execute(plan, executor=InlineExecutor())
     for name in ("code", "law"):
         branch = documents_of_training(tmp_path / "average" / f"expert/{name}")
         assert branch
@@ -127,6 +131,31 @@ def test_every_method_mixes(world: Path, tmp_path: Path, method: str) -> None:
         assert (mixture.domain_size == 8) == (method == "nexus")
         own = (0.05, 0.0) if "nexus" in method else (0.01, 0.001)
         assert (mixture.load_balancing, mixture.z_loss) == own
+
+
+@pytest.mark.parametrize(("family", "method", "expected"), [
+    ("llama", "btx", 1), ("gemma3_text", "btx", 2), ("gemma3_text", "bam", 2), ("gemma3_text", "nexus-linear", 1),
+    ("olmo2", "btx", 2),
+])  # fmt: skip
+def test_without_a_number_a_single_gate_is_chosen_only_where_it_has_an_effect(
+    family: str, method: str, expected: int, world: Path, tmp_path: Path
+) -> None:
+    """A norm after the feed-forward cancels a single gate, unless a shared expert is added before it."""
+    plan = make_plan(branch_train_mix, settings(world, method=method), name="defaults", runs=tmp_path)
+    given = plan.nodes["mixed"].parameters
+    seed, experts = write_family(tmp_path, family, ("code", "law"))
+    foreseen = checks.combined(
+        PlannedInput(seed, exists=True),
+        {name: PlannedInput(path, exists=True) for name, path in experts.items()},
+        {},
+        **given,
+    )
+    assert foreseen is not None
+    assert foreseen.config is not None
+    combine_branches(seed, experts, {}, **given, out=tmp_path / "out")
+    for config in (foreseen.config, read_config(tmp_path / "out")):
+        assert config.mixture is not None
+        assert config.mixture.top_k == expected
 
 
 @pytest.mark.parametrize(

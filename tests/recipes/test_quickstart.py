@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from koine.cli.main import cli
 from koine.files import sha256_file
+from tests.plan.inline import run_steps_inline
 
 TINY = {
     "languages": "en,de,zh,hi",
@@ -148,7 +151,7 @@ def test_killed_and_run_again_it_ends_in_the_same_model(whole: tuple[Path, str],
         assert sha256_file(ours) == sha256_file(theirs), name
 
 
-def test_on_the_users_own_text(tmp_path: Path) -> None:
+def test_on_the_users_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = []
     for code, sentence in (
         ("eng_Latn", "The river runs down to the sea"),
@@ -164,7 +167,8 @@ def test_on_the_users_own_text(tmp_path: Path) -> None:
         ]
     data = tmp_path / "mine.jsonl"
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    run(
+    run_steps_inline(monkeypatch)
+    words = command(
         tmp_path,
         data=str(data),
         fields="text=content,language=lang",
@@ -174,6 +178,8 @@ def test_on_the_users_own_text(tmp_path: Path) -> None:
         # Nearly one token a byte: an answer must still fit behind its question.
         sequence_length="256",
     )
+    done = CliRunner().invoke(cli, words[words.index("run") :], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     results = json.loads((tmp_path / "quickstart" / "results.json").read_text(encoding="utf-8"))
     assert results["languages"]["primary"] == ["de", "en"]
     assert results["languages"]["expanded"] == ["hi"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .test_distributed import run
 pytest.importorskip("transformers", reason="the checkpoints need the extra [hf]")
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "starcoder2")
+IN_BFLOAT16 = ("llama", "gemma3_text")
 STEPS, STOPPED_AT = 5, 4
 
 WORKER = """
@@ -43,7 +45,7 @@ class StoppedError(Exception):
 
 
 def trainings(checkpoints: Path, out: Path) -> None:
-    """Train each checkpoint without a stop, and with one and a resumption."""
+    """Train each checkpoint without a stop, and with one and a resumption; some in bfloat16 too."""
     from koine.model import load_model
     from koine.train import LanguageModelling, TrainSettings, train
 
@@ -58,7 +60,7 @@ def trainings(checkpoints: Path, out: Path) -> None:
         micro_batch_size=1,
     )
 
-    def one(model_type: str, name: str, stop: int) -> None:
+    def one(model_type: str, name: str, stop: int, dtype: str = "float32") -> None:
         def evaluate(model: Any, done: int) -> dict[str, float]:
             if done == stop:
                 raise StoppedError
@@ -69,7 +71,7 @@ def trainings(checkpoints: Path, out: Path) -> None:
             load_model(checkpoints / model_type),
             LanguageModelling(),
             order,
-            settings,
+            replace(settings, dtype=dtype),
             out=out / name / model_type,
             evaluate=evaluate,
             progress=False,
@@ -84,6 +86,8 @@ def trainings(checkpoints: Path, out: Path) -> None:
             one(model_type, "resumed", 0)
         else:
             raise AssertionError("it was not stopped")
+    for model_type in IN_BFLOAT16:
+        one(model_type, "bfloat16", 0, "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +118,19 @@ def test_two_processes_have_the_losses_of_one(model_type: str, trained: dict[int
     # The sums of two ranks are added in another order.
     assert two == pytest.approx(one, abs=1e-4)
     assert one[STEPS - 1] != one[0]
+
+
+@pytest.mark.parametrize("model_type", IN_BFLOAT16)
+def test_two_processes_have_the_losses_of_one_in_bfloat16(model_type: str, trained: dict[int, Path]) -> None:
+    """Each rank rounds its own gradients. Losses fall from 5 nats to 4, and bfloat16 rounds to 0.4 %."""
+    one, two = (losses(trained[ranks] / "bfloat16" / model_type) for ranks in (1, 2))
+    assert sorted(one) == list(range(STEPS))
+    # 0.016 was seen.
+    assert two == pytest.approx(one, abs=0.04)
+    in_float32 = losses(trained[1] / "whole" / model_type)
+    assert one != in_float32
+    assert one == pytest.approx(in_float32, abs=0.2)
+    assert one[STEPS - 2] < one[0] - 0.5
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

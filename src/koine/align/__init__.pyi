@@ -1,4 +1,6 @@
 from .calibration import measure_rule as measure_rule
+from .inspect_pairs import Inspection as Inspection
+from .inspect_pairs import inspect_groups as inspect_groups
 from .log_probabilities import LogProbabilities as LogProbabilities
 from .log_probabilities import completion_log_probabilities as completion_log_probabilities
 from .loss_spec import LossSpec as LossSpec
@@ -9,4 +11,10 @@ from .overoptimisation import Verdict as Verdict
 from .overoptimisation import verdict as verdict
 from .reference import ReferenceLogProbabilities as ReferenceLogProbabilities
 from .reference import reference_log_probabilities as reference_log_probabilities
+from .reward_evaluation import evaluate_pairs as evaluate_pairs
+from .reward_evaluation import score_pairs as score_pairs
+from .reward_objective import BradleyTerry as BradleyTerry
+from .reward_scores import RewardScorer as RewardScorer
+from .reward_scores import completion_scores as completion_scores
+from .reward_scores import load_scorer as load_scorer
 from .stopping import parse_stop_rule as parse_stop_rule

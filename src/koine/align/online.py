@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from koine.align.log_probabilities import completion_log_probabilities
 from koine.align.loss_spec import LossSpec
 from koine.align.objective import preference_objective
 from koine.align.online_groups import SOURCE, OnlineKind, RolloutGroup, group_batch, rollout_groups
@@ -33,7 +34,7 @@ from koine.data.groups import GroupBatch
 from koine.data.mixture import Mixture, Phase, Source
 from koine.errors import UserError
 from koine.fields import check_integer, check_number
-from koine.files import make_folder, read_json_object, write_json
+from koine.files import make_folder, read_json_object, write_atomically, write_json
 from koine.generate.sampling import Sampling
 from koine.model.causal_lm import load_as_stored
 from koine.model.language_model import LanguageModel
@@ -247,7 +248,11 @@ class OnlineOrder:
         share = self.settings.prompts // world_size
         rows = self._groups(step, range(rank * share, (rank + 1) * share))
         batch = group_batch(rows if micro_batch is None else rows[micro_batch])
-        return replace(batch, on_policy=step % self.settings.draw_every == 0)
+        return replace(batch, on_policy=self._is_draw(step))
+
+    def _is_draw(self, step: int) -> bool:
+        """Return whether completions are drawn at a step, with the weights of this moment."""
+        return step % self.settings.draw_every == 0
 
     def _groups(self, step: int, places: range) -> list[list[RolloutGroup]]:
         """Return the groups of some prompts of a step, none where a prompt has fewer than two scores."""
@@ -257,7 +262,8 @@ class OnlineOrder:
         with torch.no_grad():
             found = self._scored(step, places)
         prompts = self.prompts_of(step)[places.start : places.stop]
-        groups = rollout_groups(prompts, found, kind=self.settings.kind, first=places.start)
+        known = None if self._is_draw(step) else self._read_behaviour(step, places, found)
+        groups = rollout_groups(prompts, found, kind=self.settings.kind, first=places.start, behaviour=known)
         if not groups:
             summary = RewardSummary.of(_outcome(one) for one in found)
             reason = next(iter(summary.failures), "")
@@ -277,24 +283,70 @@ class OnlineOrder:
         answered = [
             Answered(records[one.prompt].messages, one.text, records[one.prompt].record) for one in drawn
         ]
-        tokens = hashlib.sha256(repr([one.tokens for one in drawn]).encode()).hexdigest()
-        key = {"reward": self.reward_name, "tokens": tokens}
+        key = {"reward": self.reward_name, "tokens": _tokens_digest(drawn)}
         path = self._folder(step) / f"scores-{places.start:06d}-{places.stop:06d}.parquet"
         return scored_rollouts(path, drawn, partial(score, self.reward, answered), key)
 
     def _drawn(self, step: int, places: range) -> list[Rollout]:
         every, steps = self.settings.draw_every, self.settings.steps
         first = step - step % every
-        policy = Policy(self.model, dtype=self.dtype) if step == first else None
+        policy = Policy(self.model, dtype=self.dtype) if self._is_draw(step) else None
         found: list[Rollout] = []
         for one in range(step, min(first + every, steps) if step == first else step + 1):
             prompts = self.prompts_of(one)[places.start : places.stop]
             drawn = self.draw.rollouts(self._folder(one), prompts, places.start, one, policy)
-            found = drawn if one == step else found
+            if one == step:
+                found = drawn
+            elif policy is not None:
+                self._write_behaviour(one, places, drawn, prompts, policy.model)
         return found
+
+    def _write_behaviour(
+        self,
+        step: int,
+        places: range,
+        drawn: Sequence[Rollout],
+        prompts: Sequence[Prompt],
+        model: LanguageModel,
+    ) -> None:
+        """Write the log-probability of each completion for later steps, as the trainer computes it.
+
+        The engine rounds differently: in bfloat16 by more than the policy moves in a step.
+        """
+        values: list[float] = []
+        size = max(1, self.settings.max_batch // self.settings.k)
+        groups = rollout_groups(
+            prompts, [replace(one, score=0.0) for one in drawn], kind="scored", first=places.start
+        )
+        device = next(iter(model.parameters())).device
+        for start in range(0, len(groups), size):
+            batch = group_batch([[group] for group in groups[start : start + size]]).to(device)
+            # With gradients, so that the same kernels compute it as in training.
+            with torch.enable_grad():
+                found = completion_log_probabilities(model, batch, temperature=self.settings.temperature)
+            values += found.sums.detach().double().tolist()
+        write_atomically(self._behaviour_file(step, places, drawn), np.array(values).tobytes())
+
+    def _read_behaviour(self, step: int, places: range, drawn: Sequence[Rollout]) -> list[float]:
+        path = self._behaviour_file(step, places, drawn)
+        if not path.is_file() or path.stat().st_size != 8 * len(drawn):
+            raise UserError(
+                f"holds no log-probabilities of the completions of step {step}, which an earlier policy drew",
+                where=path.parent,
+                hint="go on from a checkpoint of an earlier step, or start again in another --out",
+            )
+        return [float(value) for value in np.fromfile(path, dtype=np.float64)]
+
+    def _behaviour_file(self, step: int, places: range, drawn: Sequence[Rollout]) -> Path:
+        name = f"behaviour-{places.start:06d}-{places.stop:06d}-{_tokens_digest(drawn)[:16]}.f64"
+        return self._folder(step) / name
 
     def _folder(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
+
+
+def _tokens_digest(drawn: Sequence[Rollout]) -> str:
+    return hashlib.sha256(repr([one.tokens for one in drawn]).encode()).hexdigest()
 
 
 def _outcome(one: Rollout) -> RewardOutcome:

@@ -52,7 +52,12 @@ class _Groups:
 
 
 def rollout_groups(
-    prompts: Sequence[Prompt], found: Sequence[Rollout], *, kind: OnlineKind, first: int = 0
+    prompts: Sequence[Prompt],
+    found: Sequence[Rollout],
+    *,
+    kind: OnlineKind,
+    first: int = 0,
+    behaviour: Sequence[float] | None = None,
 ) -> list[RolloutGroup]:
     """Return a group for each prompt that has two or more scored completions, in order.
 
@@ -64,7 +69,11 @@ def rollout_groups(
         found: their completions; those without a score are left out.
         kind: of the groups.
         first: number of the first prompt in the step.
+        behaviour: log-probability of each completion when it was drawn; None: as the engine recorded it.
     """
+    if behaviour is None:
+        behaviour = [sum(one.log_probabilities) for one in found]
+    drawn_with = {(one.prompt, one.sample): value for one, value in zip(found, behaviour, strict=True)}
     by_prompt: dict[int, list[Rollout]] = {}
     for one in found:
         by_prompt.setdefault(one.prompt, []).append(one)
@@ -90,7 +99,9 @@ def rollout_groups(
         root = encoded.add(-1, prompt.tokens, None)
         for one in scored:
             encoded.add(root, one.tokens, [True] * len(one.tokens))
-        groups.append(RolloutGroup(encoded, group, tuple(sum(one.log_probabilities) for one in scored)))
+        groups.append(
+            RolloutGroup(encoded, group, tuple(drawn_with[one.prompt, one.sample] for one in scored))
+        )
     return groups
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from koine.align.log_probabilities import completion_log_probabilities
+from koine.align.source_batches import source_batches
 from koine.data.groups import GroupBatch, fewest_tokens
 from koine.data.mismatched import MismatchedSource
-from koine.data.packing import DocumentSlice
-from koine.data.preference_order import PreferenceOrder, build_groups
+from koine.data.preference_order import PreferenceOrder
 from koine.data.shards import TokenSource
 from koine.errors import UserError
 from koine.fields import Fields
@@ -231,8 +232,13 @@ def _of_source(
         if len(parts) == len(spans):
             return np.concatenate(parts) if parts else np.zeros(0)
     make_folder(folder)
-    # Another training with this reference may be computing the same.
-    with exclusive(folder / ".lock", doing="computing reference log-probabilities", wait=-1):
+    # The other ranks of a training wait for the first, and then read what it wrote.
+    with exclusive(
+        folder / ".lock",
+        doing="computing reference log-probabilities",
+        wait=-1,
+        waiting=lambda: note(f"waiting for another process that computes {folder}", err=True),
+    ):
         _check_identity(folder, identity)
         parts = []
         ready = False
@@ -285,50 +291,35 @@ def _compute(
 ) -> NDArray[np.float64]:
     found = np.full(int(first[groups.stop] - first[groups.start]), np.nan)
     fitting = [number for number in groups if fewest_tokens(tokens.segments(number)) <= time]
-    for batch_rows in _batches(_packed_rows(fitting, tokens, time), rows):
-        content = [
-            [(tokens, name, DocumentSlice(number, 0, int(tokens.lengths[number]))) for number in row]
-            for row in batch_rows
-        ]
-        batch = build_groups(content, time, list).to(device)
-        with torch.inference_mode():
-            values = completion_log_probabilities(model, batch).sums.double().cpu().numpy()
-        for number, start in zip(
-            [number for row in batch_rows for number in row], _starts(batch), strict=True
-        ):
+    for packed, numbers in source_batches(tokens, name, fitting, time=time, rows=rows):
+        batch = packed.to(device)
+        # Kernels are chosen by whether gradients are enabled. These are the policy's: with the same weights the
+        # log-ratio is then 0 also in bfloat16, where other kernels differ by a nat over 300 tokens. Nothing
+        # requires gradients, so nothing is kept for them.
+        with torch.enable_grad(), _frozen(model):
+            sums = completion_log_probabilities(model, batch).sums
+        values = sums.detach().double().cpu().numpy()
+        for number, start in zip(numbers, _starts(batch), strict=True):
             count = int(first[number + 1] - first[number])
             offset = int(first[number] - first[groups.start])
             found[offset : offset + count] = values[start : start + count]
     return found
 
 
+@contextmanager
+def _frozen(model: LanguageModel) -> Iterator[None]:
+    """Let no weight require gradients meanwhile."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad = True
+
+
 def _starts(batch: GroupBatch) -> list[int]:
     """Return the first completion of each group."""
     counts = torch.bincount(batch.group_of, minlength=len(batch.groups)).cumsum(0)
     return [0, *counts[:-1].tolist()]
-
-
-def _packed_rows(groups: list[int], tokens: TokenSource | MismatchedSource, time: int) -> Iterator[list[int]]:
-    """Yield rows of whole groups in order; a group longer than a row is alone in it, and is cut."""
-    row: list[int] = []
-    used = 0
-    for number in groups:
-        length = min(int(tokens.lengths[number]), time)
-        if row and used + length > time:
-            yield row
-            row, used = [], 0
-        row.append(number)
-        used += length
-    if row:
-        yield row
-
-
-def _batches(rows: Iterator[list[int]], size: int) -> Iterator[list[list[int]]]:
-    batch: list[list[int]] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

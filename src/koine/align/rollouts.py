@@ -101,20 +101,22 @@ def rollouts(
 class Policy:
     """The model of the moment: its copy for inference is made when it is needed first.
 
+    model: whole on each process. digest: sha256 of its weights.
+
     dtype: that weights split over processes are computed in.
     """
 
     def __init__(self, model: LanguageModel, *, dtype: torch.dtype | None = None) -> None:
         # All processes gather the weights, also one that has its completions already.
-        self._model = gathered(model, dtype) if is_split(model) else model
+        self.model = gathered(model, dtype) if is_split(model) else model
         self._copy: LanguageModel | None = None
-        self.digest = weights_digest(self._model)
+        self.digest = weights_digest(self.model)
 
     @property
     def inference(self) -> LanguageModel:
         """The copy for inference."""
         if self._copy is None:
-            self._copy = inference_copy(self._model)
+            self._copy = inference_copy(self.model)
         return self._copy
 
 

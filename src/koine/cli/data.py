@@ -317,24 +317,42 @@ def inspect(
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("step", type=int)
 def at_step(model: Path, step: int) -> None:
-    """Print the documents in MODEL's training batch at STEP (counted from 0)."""
+    """Print the documents, or the groups, in MODEL's training batch at STEP (counted from 0)."""
     from koine.data.inspect_step import documents_at_step
 
     slices = documents_at_step(model, step)
-    rows = [
-        [
-            one["row"],
-            one["source"],
-            one["language"],
-            one["domain"],
-            one["record_id"],
-            f"{one['start']}-{one['end']}",
-            " ".join(one["text"].split())[:60],
-        ]
-        for one in slices
-    ]
     columns = ["row", "source", "language", "domain", "record", "tokens", "text"]
+    rows = [row for one in slices for row in _step_rows(one)]
     print_answer({"step": step, "slices": slices}, lambda: _table(columns, rows))
+
+
+def _step_rows(one: dict[str, Any]) -> list[list[Any]]:
+    """Return the rows of a document's slice, or of a group: its prompt, and one for each completion."""
+    head = [one["row"], one["source"], one["language"], one["domain"], one["record_id"]]
+
+    def shown(text: str) -> str:
+        return " ".join(text.split())[:60]
+
+    if "completions" not in one:
+        return [[*head, f"{one['start']}-{one['end']}", shown(one["text"])]]
+    rows: list[list[Any]] = [[*head, f"{one['start']}-{one['end']}", f"prompt: {shown(one['prompt'])}"]]
+    for number, completion in enumerate(one["completions"]):
+        named = _completion_name(one, number)
+        rows.append([*[""] * len(head), completion["tokens"], f"{named}: {shown(completion['text'])}"])
+    return rows
+
+
+def _completion_name(group: dict[str, Any], number: int) -> str:
+    """Return what the record says of a completion."""
+    if group["kind"] == "preferences":
+        name = ("chosen", "rejected")[number % 2]
+        if number > 1:
+            return f"{name} as revision of the {('chosen', 'rejected')[number // 2 - 1]}"
+        probability = group["probability"] if number == 0 else 1 - group["probability"]
+        return name if group["probability"] == 1 else f"{name} (better with probability {probability:g})"
+    if group["kind"] == "labelled":
+        return "good" if group["labels"][number] else "bad"
+    return f"score {group['scores'][number]:g}"
 
 
 def _reading(reader: RecordReader) -> dict[str, Any]:
@@ -349,10 +367,18 @@ def _reading(reader: RecordReader) -> dict[str, Any]:
 
 def _note_unused_take(reader: RecordReader) -> None:
     """Warn where `--take rejected` met no preference records."""
-    if reader.record_format.take == "rejected" and not any("preference" in name for name in reader.formats):
+    if reader.record_format.take == "rejected" and not any(map(_holds_answers, reader.formats)):
         warnings.warn(
             "--take rejected changed nothing: there are no preference records", KoineWarning, stacklevel=1
         )
+
+
+_OTHERS = {"chosen": "rejected", "rejected": "chosen"}
+
+
+def _holds_answers(name: str) -> bool:
+    """Return whether records of a format have several answers, or a label of their answer."""
+    return "preference" in name or name == "scored-completions"
 
 
 def _say_format(reader: RecordReader) -> None:
@@ -361,9 +387,14 @@ def _say_format(reader: RecordReader) -> None:
         if name in ("text", "messages"):
             continue
         line = f"read as {name}: {count:,} record{'' if count == 1 else 's'}"
-        if "preference" in name and reader.record_format.take != "all":
-            take, other = reader.record_format.take, {"chosen": "rejected", "rejected": "chosen"}
-            line += f", their {take} answers (--take {other[take]} reads the others)"
+        take = reader.record_format.take
+        if _holds_answers(name) and take == "all":
+            line += ", all of their answers"
+        elif name == "scored-completions":
+            best, worst = ("best", "worst") if take == "chosen" else ("worst", "best")
+            line += f", their {best} completions (--take {_OTHERS[take]} reads the {worst})"
+        elif _holds_answers(name):
+            line += f", their {take} answers (--take {_OTHERS[take]} reads the others)"
         click.echo(line)
     if reader.left_out:
         answers = "answer" if reader.left_out == 1 else "answers"

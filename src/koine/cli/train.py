@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -43,9 +43,9 @@ LORA_PREFIX = "lora_"
 class EvaluationOptions:
     """Options of `koine train` for evaluation during training."""
 
-    evaluate_data: tuple[str, ...]
-    evaluate_split: str | None
-    evaluate_limit: int
+    evaluate_data: tuple[str, ...] = ()
+    evaluate_split: str | None = None
+    evaluate_limit: int = 16
     stop_on: str | None
 
 
@@ -144,12 +144,18 @@ def setting_options(
     return options
 
 
-def training_options(*, packing: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the options that all trainings have: data, evaluation, output and hyperparameters."""
+def training_options(
+    *, packing: str, documents: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the options that all trainings have: data, evaluation, output and hyperparameters.
+
+    documents: whether documents can be evaluated on; else the command has an evaluation of its own.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         settings = (*setting_options(), *setting_options(LoraConfig, LORA_PREFIX))
-        for option in reversed((*EVALUATION_OPTIONS, *RUN_OPTIONS, *settings)):
+        evaluation = EVALUATION_OPTIONS if documents else EVALUATION_OPTIONS[-1:]
+        for option in reversed((*evaluation, *RUN_OPTIONS, *settings)):
             command = option(command)
         return data_options(packing=packing, sequence_length=1024)(command)
 
@@ -275,7 +281,8 @@ def open_model(path: Path, **attention: Any) -> LanguageModel:
 
 def take(cls: type[Any], options: dict[str, Any], prefix: str = "") -> Any:
     """Return a dataclass made of its fields in `options`, which are removed there."""
-    return cls(**{field.name: options.pop(prefix + field.name) for field in dataclasses.fields(cls)})
+    names = [field.name for field in dataclasses.fields(cls) if prefix + field.name in options]
+    return cls(**{name: options.pop(prefix + name) for name in names})
 
 
 def run_training(
@@ -287,6 +294,7 @@ def run_training(
     check_sources: Callable[[Iterable[TokenSource]], None] | None = None,
     groups: bool = False,
     make_monitor: Callable[[LanguageModel], NamedEvaluation] | None = None,
+    report: Callable[[], tuple[Mapping[str, Any], Callable[[], object]]] | None = None,
 ) -> None:
     """Check the options, then train, or print an estimate for `--dry-run`.
 
@@ -298,6 +306,7 @@ def run_training(
         check_sources: raises `UserError` for token shards that the objective cannot use.
         groups: whether the data are groups of completions (`koine.data.PreferenceOrder`).
         make_monitor: returns a further evaluation, which comes first, from the model before the training.
+        report: called after the training; returns more of the answer, and what prints it as text.
     """
     data: DataOptions = take(DataOptions, options)
     evaluation: EvaluationOptions = take(EvaluationOptions, options)
@@ -324,8 +333,12 @@ def run_training(
     model = make_model(vocab_size)
     if lora.rank:
         from koine.model.lora.adapter import add_lora
+        from koine.model.reward_model import RewardModel
 
-        add_lora(model, lora, base=init_from, seed=settings.seed)
+        if isinstance(model, RewardModel):
+            model.add_lora(lora, base=init_from, seed=settings.seed)
+        else:
+            add_lora(model, lora, base=init_from, seed=settings.seed)
     check_data_fits_model(model, mixture, vocab_size)
     if not groups:
         check_packed_documents(model, mixture, run.out)
@@ -375,7 +388,13 @@ def run_training(
         answer = {"written": run.out, "steps": record["steps"], "best": record.get("best")}
         if "stopped" in record:
             answer["stopped"] = record["stopped"]
-        print_answer(answer, lambda: _say_best(run.out, record))
+        more, show = ({}, lambda: None) if report is None else report()
+
+        def say() -> None:
+            show()
+            _say_best(run.out, record)
+
+        print_answer({**answer, **more}, say)
 
 
 def _say_best(out: Path, record: dict[str, Any]) -> None:

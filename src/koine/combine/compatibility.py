@@ -13,7 +13,7 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.files import read_json
-from koine.model.config import MixtureConfig, ModelConfig
+from koine.model.config import LayerSpec, MixtureConfig, ModelConfig
 from koine.model.families.reading import UnsupportedModelError
 from koine.model.formats.config_json import OWN_TYPE, from_json
 from koine.model.formats.library_config import declared_fields, library_config
@@ -86,10 +86,18 @@ def field_difference(
             if inner is not None:
                 return (f"{field.name}.{inner[0]}", *inner[1:])
         elif ours != theirs:
-            if field.name == "layers":
-                ours, theirs = f"{len(ours)} of one kind", f"{len(theirs)} of another"
-            return field.name, ours, theirs
+            return _layers_difference(ours, theirs) if field.name == "layers" else (field.name, ours, theirs)
     return None
+
+
+def _layers_difference(ours: Sequence[LayerSpec], theirs: Sequence[LayerSpec]) -> tuple[str, Any, Any]:
+    """Return the first field of a layer that differs, and both values; the counts where those differ."""
+    if len(ours) != len(theirs):
+        return "the number of layers", len(ours), len(theirs)
+    index = next(index for index, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other)
+    one, other = dataclasses.asdict(ours[index]), dataclasses.asdict(theirs[index])
+    name = next(name for name in one if one[name] != other[name])
+    return f"{name} of layer {index}", _value_text(one[name]), _value_text(other[name])
 
 
 def check_same_function(wanted: Path, found: Path) -> None:

@@ -100,8 +100,9 @@ def encode_group(
 
 
 def _optional(record: Mapping[str, Any], name: str, default: float) -> float:
+    """Return a number, also one that a CSV file holds as text; an empty cell is none."""
     value = record.get(name)
-    return default if value is None else float(value)
+    return default if value in (None, "") else float(value)
 
 
 def split_answer(messages: Messages) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
@@ -156,10 +157,11 @@ def _preference_fault(record: Mapping[str, Any]) -> str | None:
     if list(record["chosen"]) == list(record["rejected"]):
         return "the chosen answer equals the rejected one"
     for name in ("probability", "margin"):
-        value = record.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        try:
+            value = _optional(record, name, 0.0)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if isinstance(record.get(name), bool) or not math.isfinite(value):
             return f"the {name} is not a finite number"
         if name == "probability" and not 0 <= value <= 1:
             return f"the probability is {value:g}, it must be from 0 to 1"

@@ -163,6 +163,28 @@ class GroupBatch:
         names += [] if self.behaviour is None else ["behaviour"]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def without_padding(self) -> GroupBatch:
+        """Return the same groups one after another in one row; itself where no row has padding."""
+        is_real = (self.document_ids >= 0).flatten()
+        if bool(is_real.all()):
+            return self
+        column_of = is_real.cumsum(0) - 1
+        time = self.tokens.shape[1]
+        starts = column_of[[one.row * time + one.start for one in self.segments]].tolist()
+        groups = torch.tensor([one.group for one in self.segments], dtype=torch.int32)
+        lengths = torch.tensor([one.length for one in self.segments])
+        return replace(
+            self,
+            tokens=self.tokens.flatten()[is_real][None],
+            document_ids=groups.repeat_interleave(lengths)[None].to(self.tokens.device),
+            positions=self.positions.flatten()[is_real][None],
+            segments=tuple(
+                one._replace(row=0, start=start) for one, start in zip(self.segments, starts, strict=True)
+            ),
+            predicting=column_of[self.predicting],
+            predicted_at=column_of[self.predicted_at],
+        )
+
     def separate(self) -> GroupBatch:
         """Return the same completions in rows of their own: prompt and completion, padded on the right.
 

@@ -20,3 +20,6 @@ from .lora.adapter import add_lora as add_lora
 from .lora.config import LoraConfig as LoraConfig
 from .presets import PRESETS as PRESETS
 from .presets import preset as preset
+from .reward_model import RewardModel as RewardModel
+from .reward_model import load_reward_model as load_reward_model
+from .reward_model import start_reward_model as start_reward_model

@@ -14,6 +14,7 @@ from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
 from koine.model.formats.config_json import model_type
 from koine.model.layer_patterns import variant_name
+from koine.model.meta_device import meta_device
 from koine.model.norm import HeadNorm
 
 
@@ -29,7 +30,7 @@ def change_attention(model: Decoder, config: ModelConfig) -> Decoder:
     Raises:
         RuntimeError: the weights have other shapes, or there are some for which `config` has no place.
     """
-    with torch.device("meta"):
+    with meta_device():
         changed = Decoder(config)
     state = model.state_dict()
     for name, module in changed.named_modules():

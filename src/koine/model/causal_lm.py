@@ -24,6 +24,7 @@ from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import (
     check_described_size,
     check_fields,
+    check_language_model,
     check_loaded_keys,
     check_model_class,
     check_tokenizer_hash,
@@ -101,9 +102,15 @@ class CausalLM(nn.Module):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens of one sequence; None where the configuration names no limit."""
+        """Most tokens of one sequence; None where the configuration names no limit.
+
+        With RoPE of type `dynamic` it is `factor` times the context that the configuration names.
+        """
         found = [getattr(self.config, name, None) for name in LENGTH_FIELDS]
-        return next((one for one in found if isinstance(one, int) and one > 0), None)
+        length = next((one for one in found if isinstance(one, int) and one > 0), None)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        dynamic = length is not None and rope.get("rope_type") == "dynamic"
+        return int(length * rope["factor"]) if dynamic else length
 
     @property
     def isolation(self) -> DocumentIsolation:
@@ -317,6 +324,7 @@ def load_causal_lm(
     """
     path = model_folder(path)
     value = read_model_config(path)
+    check_language_model(value, path)
     if opens_as_decoder(path):
         check_fields(value, path / "config.json")
         return load_model(path, dtype=dtype, device=device)
@@ -333,11 +341,18 @@ def load_as_stored(path: Path) -> LanguageModel:
 
 
 def load_with_transformers(
-    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    headless: str | None = None,
 ) -> CausalLM:
     """Open a folder with its class of `transformers`, also where our decoder implements it.
 
     Arguments and errors as in `load_causal_lm`.
+
+    headless: name of a tensor that the folder has in place of the output matrix, which is then random; None:
+        the folder is a causal LM's.
     """
     transformers = require_transformers()
     value = read_model_config(path)
@@ -350,6 +365,8 @@ def load_with_transformers(
             check_described_size(path, value, files)
     wanted = dtype or (None if quantised else stored_dtype(files)) or "auto"
     inner, loaded = _open(path, wanted, transformers)
+    if headless is not None:
+        loaded = _without_head(loaded, headless)
     check_loaded_keys(path, loaded)
     unused = sorted(loaded.get("unexpected_keys") or ())
     if unused:
@@ -383,6 +400,14 @@ def _open(path: Path, dtype: torch.dtype | str, transformers: Any) -> tuple[Any,
             output_loading_info=True,
         )
     return inner, loaded
+
+
+def _without_head(loaded: dict[str, Any], other: str) -> dict[str, Any]:
+    """Return what `transformers` reports of loading, but for the output matrix and the tensor in its place."""
+    heads = ("lm_head.", "embed_out.", "output.")
+    missing = [name for name in loaded.get("missing_keys") or () if not name.startswith(heads)]
+    unexpected = [name for name in loaded.get("unexpected_keys") or () if name != other]
+    return {**loaded, "missing_keys": missing, "unexpected_keys": unexpected}
 
 
 def _check_head(model: CausalLM, path: Path) -> None:
@@ -436,7 +461,11 @@ def quiet_transformers(transformers: Any) -> Iterator[None]:
 
 
 def register_with_transformers() -> None:
-    """Let `AutoConfig` and `AutoModelForCausalLM` open directories whose `model_type` is `koine`."""
+    """Let the automatic classes of `transformers` open directories that it has no class for.
+
+    `AutoConfig` and `AutoModelForCausalLM` open those whose `model_type` is `koine`;
+    `AutoModelForSequenceClassification` opens reward models of every architecture of our decoder.
+    """
     transformers = require_transformers()
     if "koine" in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
         return
@@ -444,3 +473,6 @@ def register_with_transformers() -> None:
 
     transformers.AutoConfig.register("koine", KoineConfig)
     transformers.AutoModelForCausalLM.register(KoineConfig, KoineForCausalLM)
+    from koine.model.formats.sequence_classification import register_classifiers
+
+    register_classifiers()

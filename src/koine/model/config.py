@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from koine.errors import UserError
@@ -294,6 +295,31 @@ class ModelConfig:
                 "the feed-forward is plain or has biases, and the model is a mixture",
                 hint="experts are gated feed-forward networks without biases",
             )
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of one sequence: with `dynamic` scaling, `factor` times the context before the scaling.
+
+        `max_position_embeddings` is that context there, as in `transformers`: frequencies change beyond it.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "dynamic":
+            return self.max_position_embeddings
+        return int(self.max_position_embeddings * scaling.factor)
+
+    def with_context(self, length: int) -> ModelConfig:
+        """Return the configuration for texts of `length` tokens, or an equal one where it is long enough.
+
+        With `dynamic` scaling the factor grows: texts within the context before the scaling keep their angles.
+        """
+        if length <= self.context_length:
+            return self
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "dynamic":
+            return replace(self, max_position_embeddings=length)
+        # Not below `length` after rounding down.
+        factor = math.nextafter(length / self.max_position_embeddings, math.inf)
+        return replace(self, rope_scaling=replace(scaling, factor=factor))
 
     @property
     def score_scale(self) -> float:

@@ -94,7 +94,7 @@ class Decoder(nn.Module):
     @property
     def context_length(self) -> int:
         """Most tokens of one sequence."""
-        return self.config.max_position_embeddings
+        return self.config.context_length
 
     @property
     def vocab_size(self) -> int:

@@ -64,7 +64,14 @@ def branch_train_mix(
     general_share: Annotated[
         float, Parameter("Share of the general text in the training of an expert.", low=0, below=1)
     ] = 0.1,
-    top_k: Annotated[int, Parameter("Experts of each token.", unit="experts", low=1)] = 1,
+    top_k: Annotated[
+        int | None,
+        Parameter(
+            "Experts of each token; none: 1, or 2 for Gemma and OLMo-2, whose norms cancel a single gate.",
+            unit="experts",
+            low=1,
+        ),
+    ] = None,
     attention_top_k: Annotated[
         int, Parameter("Attention experts of each token (bam); 0: soft routing.", unit="experts", low=0)
     ] = 0,

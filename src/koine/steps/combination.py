@@ -26,7 +26,7 @@ def combine_branches(
     corpora: dict[str, Path],
     *,
     method: str,
-    top_k: int,
+    top_k: int | None,
     attention_top_k: int,
     encoder: str,
     domain_size: int,
@@ -43,7 +43,7 @@ def combine_branches(
         experts: folder of the branch of each domain.
         corpora: folder of the text of each domain, for the domain embeddings of Nexus.
         method: one of `METHODS`.
-        top_k: experts of each token.
+        top_k: experts of each token; None: see `koine.combine.moe.upcycle.default_top_k`.
         attention_top_k: attention experts of each token (`bam`); 0: soft routing over all.
         encoder: encoder of the domain embeddings (`koine.combine.moe.domain_embeddings`).
         domain_size: dimensions of a domain embedding.

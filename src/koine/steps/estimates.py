@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koine.files import read_json
 from koine.plan import Estimate, PlannedInput
 from koine.steps.facts import CorpusFacts, corpus_facts, folder_bytes, model_facts
 
@@ -380,6 +381,20 @@ def profile_speed(
         seconds += 3.0 + sum(min(max_seconds, repeats * one) for one in each if one <= max_seconds)
     memory = IMPORTED + (10 if dtype == "float32" else 6) * largest + 6 * SCORED_BYTES
     return Estimate(memory, seconds, MEGABYTE // 64, 0, ASSUMED, measured=False)
+
+
+def inspected_groups(
+    pairs: Path, *, limit: int | None = None, threads: int, planned: Mapping[str, Any], **_: Any
+) -> Estimate:
+    """Return the estimate of reading groups with a model; those that are not written yet count as few."""
+    tokens, groups = 100_000.0, 0
+    manifest = pairs / "manifest.json"
+    if manifest.is_file():
+        about = read_json(manifest)
+        tokens, groups = float(about["tokens"]), int(about["documents"])
+    if limit is not None and groups > limit:
+        tokens *= limit / groups
+    return scoring(planned_config(planned), tokens, threads)
 
 
 def group_tokens(*, planned: Mapping[str, Any], **_: Any) -> Estimate:

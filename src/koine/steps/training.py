@@ -193,8 +193,8 @@ def extend_context(model: Decoder, context_length: int, rope_theta: float) -> No
 
     if rope_theta:
         set_rope_theta(model, rope_theta)
-    if context_length > model.config.max_position_embeddings:
-        reconfigure(model, replace(model.config, max_position_embeddings=context_length))
+    if context_length > model.context_length:
+        reconfigure(model, model.config.with_context(context_length))
 
 
 def make_probe(

@@ -156,6 +156,12 @@ class Tokenizer:
         """Return token -> id, tokens as `tokenizer.json` writes them."""
         return dict(self._ids)
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens and their ids, in the order of the ids."""
+        found = {token: token_id for token, token_id in self._ids.items() if token_id in self._special_ids}
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of text that a token stands for; empty for a special token.
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _WHAT = {
     "LanguageModelling": ("next-token prediction on documents", ("continued-pretraining",)),
     "SupervisedFineTuning": ("supervised fine-tuning on chats", ("sft",)),
+    "BradleyTerry": ("the Bradley-Terry loss on pairs of answers", ("reward-model",)),
 }
 
 

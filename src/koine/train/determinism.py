@@ -21,12 +21,26 @@ def deterministic(settings: TrainSettings) -> Iterator[None]:
     if settings.threads and settings.threads != threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    compiles = settings.compile == "on" or torch.cuda.is_available()
+    _choose_kernels(True, warn_only=True, compiles=compiles)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        _choose_kernels(enabled, warn_only=warn_only, compiles=compiles)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+def _choose_kernels(deterministic: bool, *, warn_only: bool, compiles: bool) -> None:
+    """Switch deterministic kernels on or off.
+
+    `use_deterministic_algorithms` also sets an option of torch's compiler, for which it imports it (1.5 s). It is
+    left out where nothing can be compiled.
+    """
+    if compiles:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    else:
+        mode = "default" if not deterministic else "warn" if warn_only else "error"
+        torch.set_deterministic_debug_mode(mode)

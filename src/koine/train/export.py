@@ -20,8 +20,10 @@ from koine.model.formats.config_json import read_config
 from koine.model.formats.directory import save_state
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.model_card import CARD, ModelCard, Parent, write_model_card
+from koine.model.formats.reward_files import is_reward_model
 from koine.model.language_model import LanguageModel
 from koine.model.lora.files import copy_adapter, is_adapter
+from koine.model.reward_model import write_reward_weights
 from koine.train import checkpoint as checkpoints
 from koine.train.checkpoint_index import load_tensors, read_index
 from koine.train.distributed import Ranks
@@ -204,9 +206,18 @@ def export_checkpoint(
             hint="resume the training, whose next checkpoint will",
         )
     weights = _read_weights(checkpoint)
+    reward_model = is_reward_model(path)
+    if reward_model and any(".lora_" in name for name in weights):
+        raise UserError(
+            "holds the adapter of a reward model, without its base",
+            where=path,
+            hint="run the training to its end, which merges the two",
+        )
     with atomic_directory(out, overwrite=overwrite, reads=[path]) as folder:
         # A class that our decoder computes too may have been trained through `transformers`.
-        if opens_as_decoder(path) and not any(name.startswith("inner.") for name in weights):
+        if reward_model:
+            write_reward_weights(weights, path, folder, dtype=dtype)
+        elif opens_as_decoder(path) and not any(name.startswith("inner.") for name in weights):
             save_state(weights, read_config(path), folder, tokenizer=path, dtype=dtype, eos_ids=eos_ids(path))
         else:
             _build_transformers_model(path, weights, dtype).save(folder, tokenizer=path)

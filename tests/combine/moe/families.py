@@ -9,8 +9,8 @@ import torch
 from koine.fields import Fields
 from koine.model import Decoder, ModelConfig, save_model
 from koine.model.families import families
-from koine.tokenizer import train_tokenizer
 from koine.tokenizer.special import SMALLEST_VOCABULARY
+from tests.combine.models import smallest_tokenizer
 
 FIELDS = {
     "vocab_size": SMALLEST_VOCABULARY,
@@ -53,9 +53,7 @@ def write_family(
 ) -> tuple[Path, dict[str, Path]]:
     """Write `folder/seed`, and a branch of each name: the seed with `spread` times random numbers added."""
     tokenizer = folder / "tokenizer"
-    train_tokenizer(
-        {"de": lambda: ["ein Text"]}, vocab_size=SMALLEST_VOCABULARY, scheme="natural", english_share=None
-    ).save(tokenizer)
+    smallest_tokenizer().save(tokenizer)
     torch.manual_seed(0)
     seed = noisy(Decoder(dense_configs()[family]).to(dtype), 0.1)
     save_model(seed, folder / "seed", tokenizer=tokenizer)

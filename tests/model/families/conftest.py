@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .cases import CASES, Case
+from .cases import CASES, Case, first_case
 
 # Their assertions then show both sides, as those of a test module.
 for name in ("checks", "methods", "variants"):
@@ -44,3 +44,17 @@ def case(request: pytest.FixtureRequest) -> Case:
 def folder(case: Case, checkpoint: Checkpoint) -> Path:
     """Return the float32 checkpoint of the case."""
     return checkpoint(case, torch.float32)
+
+
+@pytest.fixture(params=[case for case in CASES if case != first_case(case.model_type)], ids=str)
+def further_case(request: pytest.FixtureRequest) -> Case:
+    """Return every case but the first of a family: that one has the same checks in the table (`test_table`)."""
+    got = request.param
+    assert isinstance(got, Case)
+    return got
+
+
+@pytest.fixture
+def further_folder(further_case: Case, checkpoint: Checkpoint) -> Path:
+    """Return the float32 checkpoint of the case."""
+    return checkpoint(further_case, torch.float32)

@@ -14,12 +14,12 @@ from .cases import Case, first_case, model_types
 FIRST = pytest.mark.parametrize("case", [first_case(kind) for kind in model_types()], ids=str)
 
 
-def test_attention_weights(folder: Path) -> None:
-    methods.attention_weights(folder)
+def test_attention_weights(further_folder: Path) -> None:
+    methods.attention_weights(further_folder)
 
 
-def test_parameters_and_operations(folder: Path) -> None:
-    methods.counts(folder)
+def test_parameters_and_operations(further_folder: Path) -> None:
+    methods.counts(further_folder)
 
 
 def test_what_is_decayed_and_what_muon_updates(folder: Path) -> None:
@@ -28,14 +28,14 @@ def test_what_is_decayed_and_what_muon_updates(folder: Path) -> None:
     methods.optimised_parameters(folder)
 
 
-def test_gradients_of_packed_documents(folder: Path) -> None:
-    methods.trains_on_packed_documents(folder)
+def test_gradients_of_packed_documents(further_folder: Path) -> None:
+    methods.trains_on_packed_documents(further_folder)
 
 
-def test_attention_variants_of_other_shapes(case: Case, folder: Path, tmp_path: Path) -> None:
-    if case.dynamic:
+def test_attention_variants_of_other_shapes(further_case: Case, further_folder: Path, tmp_path: Path) -> None:
+    if further_case.dynamic:
         pytest.skip("the reference keeps the frequencies of its longest text")
-    variants.attention_variants(folder, tmp_path, checks.agree)
+    variants.attention_variants(further_folder, tmp_path, checks.agree)
 
 
 @FIRST

@@ -15,6 +15,7 @@ from koine.cli.outputs import OVERWRITE, InputFile, OutputFile, output_files, sa
 from koine.errors import UserError
 
 if TYPE_CHECKING:
+    from koine.align.reward_scores import RewardScorer
     from koine.align.rewards import Reward
 
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     metavar="REWARD",
     help="Weighted sum of rewards, for example 0.7*language+0.3*length:most=20.",
 )
+@click.option("--reward-model", type=MODEL, help="Folder of the reward model for the reward `reward-model`.")
 @click.option("--judge", type=MODEL, help="Model folder, or OWNER/NAME of the hub, for the reward `judge`.")
 @click.option(
     "--judge-template",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 def score(
     completions: Path,
     reward_text: str,
+    reward_model: Path | None,
     judge: Path | None,
     judge_template: Path | None,
     device: str,
@@ -53,7 +56,7 @@ def score(
     from koine.align.rewards import RewardOutcome, RewardSummary
     from koine.align.rewards.completions import read_completions, score_rows
 
-    reward = open_reward(reward_text, judge, judge_template, device)
+    reward = open_reward(reward_text, judge, judge_template, device, reward_model)
     outcomes: list[RewardOutcome] = []
     with output_files({"--out": out}, overwrite=overwrite, reads=[completions]) as targets:
         rows = read_completions(completions, reward)
@@ -93,19 +96,29 @@ def _read_text(path: Path) -> str:
         raise UserError("cannot be read as text", where=path, hint="give a UTF-8 text file") from error
 
 
-def open_reward(text: str, judge: Path | None, judge_template: Path | None, device: str) -> Reward:
-    """Return the reward of --reward, with the judge of --judge.
+def open_reward(
+    text: str,
+    judge: Path | None,
+    judge_template: Path | None,
+    device: str,
+    reward_model: Path | None = None,
+) -> Reward:
+    """Return the reward of --reward, with the judge of --judge and the model of --reward-model.
 
-    Raises `UserError` where the two do not fit.
+    Raises `UserError` where they do not fit.
     """
     from koine.align.rewards import RewardSpec
 
     spec = RewardSpec.parse(text)
-    if "scorer" in spec.needs:
+    if "scorer" in spec.needs and reward_model is None:
         raise UserError(
-            "the reward 'reward-model' is given from Python",
-            where="--reward",
-            hint="build it by koine.align.rewards.RewardSpec.parse(...).build(scorer=...)",
+            "the reward 'reward-model' needs a model", where="--reward", hint="give --reward-model MODEL"
+        )
+    if "scorer" not in spec.needs and reward_model is not None:
+        raise UserError(
+            "the reward has no reward model",
+            where="--reward-model",
+            hint="add reward-model to --reward, or leave it out",
         )
     if "engine" in spec.needs and judge is None:
         raise UserError("the reward 'judge' needs a model", where="--reward", hint="give --judge MODEL")
@@ -114,4 +127,12 @@ def open_reward(text: str, judge: Path | None, judge_template: Path | None, devi
             "the reward has no judge", where="--judge", hint="add judge to --reward, or leave it out"
         )
     template = None if judge_template is None else _read_text(judge_template)
-    return spec.build(engine=_engine(judge, device), judge_template=template)
+    scorer = None if reward_model is None else _scorer(reward_model, device)
+    return spec.build(scorer=scorer, engine=_engine(judge, device), judge_template=template)
+
+
+def _scorer(path: Path, device: str) -> RewardScorer:
+    from koine.align.reward_scores import load_scorer
+    from koine.hardware import chosen_device
+
+    return load_scorer(path, device=chosen_device(device))

@@ -12,6 +12,7 @@ from koine.cli.arguments import MODEL
 from koine.cli.commands import Command
 from koine.cli.train import open_model, run_training, training_options
 from koine.errors import UserError
+from koine.files import sha256_file
 
 if TYPE_CHECKING:
     from koine.align.loss_spec import LossSpec
@@ -87,15 +88,23 @@ def train(model: Path, loss: str, reference: str, reference_cache: Path | None, 
         objective,
         model,
         dict(options),
-        check_sources=lambda sources: _check_groups(spec, sources),
+        check_sources=lambda sources: _check_groups(spec, sources, place),
         groups=True,
         make_monitor=monitor if monitoring.asked else None,
     )
 
 
-def _check_groups(spec: LossSpec, sources: Any) -> None:
-    """Raise `UserError` for groups that the loss cannot take."""
+def _check_groups(spec: LossSpec, sources: Any, reference: Path | None) -> None:
+    """Raise `UserError` for groups that the loss cannot take, and for a reference of another tokenizer."""
+    tokenizer = None if reference is None else reference / "tokenizer.json"
+    fingerprint = sha256_file(tokenizer) if tokenizer is not None and tokenizer.is_file() else None
     for source in sources:
+        if fingerprint not in (None, source.tokenizer_fingerprint):
+            raise UserError(
+                "has another tokenizer than the pairs",
+                where=reference,
+                hint="give a reference with the tokenizer of the model",
+            )
         if source.kind == "documents":
             raise UserError(
                 "holds documents, not groups of completions",

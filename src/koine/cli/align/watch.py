@@ -31,7 +31,7 @@ SAMPLING_OPTIONS = (
         type=click.IntRange(min=0),
         default=0,
         show_default=True,
-        help="Seed of the first answer; answer i has this plus i, for every model.",
+        help="Random seed of the first answer; answer i has this plus i, for every model.",
     ),
 )
 

@@ -75,8 +75,7 @@ def upcycle_btx(
         seed: the dense model that `experts` branched from.
         experts: a model folder for each name.
         out: the folder to write to.
-        top_k: feed-forward experts of each token. None: 1, or 2 where a norm follows the feed-forward (Gemma,
-            OLMo-2): it cancels the gate of a single expert, and the router would learn from its losses only.
+        top_k: feed-forward experts of each token; None: see `default_top_k`.
         normalise_top_k: divide the gates of a token by their sum (Mixtral). A single gate is then 1.
         seed_copies: further experts initialised from the seed's feed-forward, as in the parameter-matched
             baseline of arXiv 2408.08274. They do not count in the average.
@@ -185,9 +184,8 @@ def _upcycle(
         raise UserError("no experts are given", hint="give the folder of at least one branch of the seed")
     root, branches = open_branches(seed, experts)
     members = branches if mixture.shared_expert else [root, *branches]
-    if choose_top_k and len(mixture.experts) > 1:
-        needs_two = mixture.normalise_top_k or single_gate_cancels(replace(root.config, mixture=mixture))
-        mixture = replace(mixture, top_k=2 if needs_two else 1)
+    if choose_top_k:
+        mixture = replace(mixture, top_k=default_top_k(root.config, mixture))
     config = replace(root.config, mixture=mixture)
     planned = _planned(root, members, config, seed_copies)
     routers = new_routers(config, random_seed, dtype=planned["model.norm.weight"].dtype)
@@ -203,6 +201,17 @@ def _upcycle(
     )  # fmt: skip
     write_model_card(out, _mixture_card(method, root, branches, mixture, random_seed))
     return config
+
+
+def default_top_k(dense: ModelConfig, mixture: MixtureConfig) -> int:
+    """Return how many experts a token has where the user gives no number.
+
+    1, or 2 where the gate of a single expert would have no effect: it is normalised, or cancels in a norm after
+    the feed-forward (Gemma, OLMo-2). The router would then learn from its losses only.
+    """
+    single = replace(dense, mixture=replace(mixture, top_k=1))
+    has_no_effect = mixture.normalise_top_k or single_gate_cancels(single)
+    return 2 if has_no_effect and len(mixture.experts) > 1 else 1
 
 
 def single_gate_cancels(config: ModelConfig) -> bool:

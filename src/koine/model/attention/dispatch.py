@@ -25,6 +25,7 @@ from koine.model.attention.cpu_blocked import blocked_attention
 from koine.model.attention.cpu_fused import fused_attention, threads_idle
 from koine.model.attention.cpu_windowed import windowed_attention, windows_are_faster
 from koine.model.attention.flex import FLEX_FROM, FLEX_SMALLEST_HEAD, flex_attend
+from koine.model.uncompiled import uncompiled
 
 FUSED_FROM, FUSED_FROM_BFLOAT16 = 1024, 4096
 """Length from which full causal attention on CPU with a backward pass is faster fused than in blocks.
@@ -119,7 +120,7 @@ def attend_cached(
     return out_bhtd.transpose(1, 2).flatten(2)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
+@uncompiled
 def _attend_on_cpu(
     q: Tensor,
     k: Tensor,

@@ -5,7 +5,7 @@ A segment attends to the segments on its path to the root, all of their tokens, 
 
 | device | kernel |
 |---|---|
-| CPU | each segment in one call, over the keys of its path |
+| CPU | one call for each run: segments that continue one another in adjacent columns, such as a prompt and its first completion |
 | accelerator | SDPA with one dense mask a window |
 
 Shapes: b rows, t columns, k key heads, g query heads of a key head, d head size.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from koine.model.attention.dispatch import attend, attend_cached, masked_attend
+from koine.model.uncompiled import uncompiled
 
 
 class SegmentPlace(NamedTuple):
@@ -29,6 +30,13 @@ class SegmentPlace(NamedTuple):
     start: int
     length: int
     parent: int
+
+
+class _Run(NamedTuple):
+    """Segments `first` to `last`, each the parent of the next, in adjacent columns: queries of one call."""
+
+    first: int
+    last: int
 
 
 class SegmentContext:
@@ -51,32 +59,46 @@ class SegmentContext:
         """
         self._positions, self._windows, self._softcap = positions, windows, softcap
         rows, time = positions.shape
-        # Segments and the padding between them, as one list of pieces of all `rows * time` columns.
-        self._sizes: list[int] = []
-        self._pieces: list[int | None] = []
+        self._segments = segments
+        self._paths = [_path(segments, number) for number in range(len(segments))]
+        # Sizes of the pieces of all `rows * time` columns: segments and the padding between them, and runs
+        # with the same padding. A run is the path of its last segment from `first` on; None is padding.
+        self._key_sizes: list[int] = []
+        self._query_sizes: list[int] = []
+        self._runs: list[_Run | None] = []
         self._piece_of: list[int] = []
         end = 0
         for number, one in enumerate(segments):
             start = one.row * time + one.start
             self._add_padding(start - end)
-            self._piece_of.append(len(self._sizes))
-            self._sizes.append(one.length)
-            self._pieces.append(number)
+            self._piece_of.append(len(self._key_sizes))
+            self._key_sizes.append(one.length)
+            run = self._runs[-1] if self._runs else None
+            if run is not None and start == end and one.parent == number - 1 == run.last:
+                self._runs[-1] = run._replace(last=number)
+                self._query_sizes[-1] += one.length
+            else:
+                self._runs.append(_Run(number, number))
+                self._query_sizes.append(one.length)
             end = start + one.length
         self._add_padding(rows * time - end)
-        self._paths = [_path(segments, number) for number in range(len(segments))]
         lengths = torch.zeros(rows * time, dtype=torch.int64)
-        for one, path in zip(segments, self._paths, strict=True):
+        longest = [0] * len(segments)
+        for path in self._paths:
+            whole = sum(segments[number].length for number in path)
+            for number in path:
+                longest[number] = max(longest[number], whole)
+        for one, whole in zip(segments, longest, strict=True):
             start = one.row * time + one.start
-            lengths[start : start + one.length] = sum(segments[number].length for number in path)
+            lengths[start : start + one.length] = whole
         self._lengths = lengths.view(rows, time).to(positions.device)
-        self._segments = segments
         self._masks: dict[int | None, Tensor] = {}
 
     def _add_padding(self, size: int) -> None:
         if size:
-            self._sizes.append(size)
-            self._pieces.append(None)
+            self._key_sizes.append(size)
+            self._query_sizes.append(size)
+            self._runs.append(None)
 
     @property
     def positions(self) -> Tensor:
@@ -85,7 +107,7 @@ class SegmentContext:
 
     @property
     def lengths(self) -> Tensor:
-        """Length of the conversation up to the end of each position's segment, `[b, t]`."""
+        """Length of the longest conversation that each position belongs to, `[b, t]`."""
         return self._lengths
 
     def finish(self) -> None:
@@ -95,50 +117,43 @@ class SegmentContext:
         """Raise `NotImplementedError`: this context is for whole batches."""
         raise NotImplementedError("segments are attended to in whole batches")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
+    @uncompiled
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend each token to its path (`AttentionContext.attend`)."""
-        window = self._windows[layer]
-        if q.device.type != "cpu":
-            q_bhtd = q.flatten(2, 3).transpose(1, 2)
-            out_bhtd = masked_attend(
-                q_bhtd,
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                window=None,
-                document_starts=None,
-                softcap=self._softcap,
-                mask=self._mask(window),
-            )
-            return out_bhtd.transpose(1, 2).flatten(2)
-        return self._attend_by_segment(window, q, k, v)
+        by_device = self._attend_by_segment if q.device.type == "cpu" else self._attend_with_mask
+        return by_device(self._windows[layer], q, k, v)
+
+    def _attend_with_mask(self, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out_bhtd = masked_attend(
+            q.flatten(2, 3).transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            window=None,
+            document_starts=None,
+            softcap=self._softcap,
+            mask=self._mask(window),
+        )
+        return out_bhtd.transpose(1, 2).flatten(2)
 
     def _attend_by_segment(self, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows, time = q.shape[:2]
         # One split each: its gradient is one concatenation, where slices would each fill a tensor of zeros.
-        queries, keys, values = (one.flatten(0, 1).split_with_sizes(self._sizes) for one in (q, k, v))
+        queries = q.flatten(0, 1).split_with_sizes(self._query_sizes)
+        keys, values = (one.flatten(0, 1).split_with_sizes(self._key_sizes) for one in (k, v))
         outputs: list[Tensor] = []
-        for piece, number in enumerate(self._pieces):
-            if number is None:
-                outputs.append(q.new_zeros(self._sizes[piece], q[0, 0].numel()))
+        for own, run in zip(queries, self._runs, strict=True):
+            if run is None:
+                outputs.append(own.new_zeros(len(own), own[0].numel()))
                 continue
-            own, path = queries[piece][None], self._paths[number]
-            if len(path) == 1:
+            path = [self._piece_of[number] for number in self._paths[run.last]]
+            seen_k, seen_v = (_concatenated([part[piece] for piece in path])[None] for part in (keys, values))
+            if self._paths[run.last][0] == run.first:
                 one = attend(
-                    own,
-                    keys[piece][None],
-                    values[piece][None],
-                    window=window,
-                    document_starts=None,
-                    softcap=self._softcap,
+                    own[None], seen_k, seen_v, window=window, document_starts=None, softcap=self._softcap
                 )
             else:
-                pieces = [self._piece_of[other] for other in path]
-                seen_k, seen_v = (
-                    torch.cat([part[other] for other in pieces]).transpose(0, 1)[None]
-                    for part in (keys, values)
-                )
-                one = attend_cached(own, seen_k, seen_v, window=window, softcap=self._softcap)
+                heads_first = (part.transpose(1, 2) for part in (seen_k, seen_v))
+                one = attend_cached(own[None], *heads_first, window=window, softcap=self._softcap)
             outputs.append(one[0])
         return torch.cat(outputs).view(rows, time, -1)
 
@@ -168,3 +183,7 @@ def _path(segments: Sequence[SegmentPlace], number: int) -> list[int]:
     while segments[path[-1]].parent >= 0:
         path.append(segments[path[-1]].parent)
     return path[::-1]
+
+
+def _concatenated(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

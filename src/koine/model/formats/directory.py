@@ -45,6 +45,7 @@ from koine.model.formats.stored_tensors import (
 )
 from koine.model.formats.tensor_names import join_stored, split_stored
 from koine.model.formats.weight_files import stored_bytes, weight_files, widest
+from koine.model.meta_device import meta_device
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -85,17 +86,22 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=8)
 def _canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
+    with meta_device():
         state = Decoder(config).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in to_canonical(state, config).items()}
 
 
-def from_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Build our state dict from the saved tensors. Raises `KeyError` with the name of a missing one."""
-    with torch.device("meta"):
+def from_transformers(
+    state: Mapping[str, Tensor], config: ModelConfig, *, head: bool = True
+) -> dict[str, Tensor]:
+    """Build our state dict from the saved tensors. Raises `KeyError` with the name of a missing one.
+
+    head: whether the output matrix is wanted too; a reward model has none.
+    """
+    with meta_device():
         wanted = Decoder(config).state_dict().keys()
     names = stored_names(config)
-    return {name: _one(state, name, config, names) for name in wanted}
+    return {name: _one(state, name, config, names) for name in wanted if head or name != "head.weight"}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -165,15 +171,20 @@ def open_canonical(path: Path, config: ModelConfig) -> CanonicalTensors:
     return CanonicalTensors(weights, layout, names, config)
 
 
-def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
+def open_weights(
+    path: Path, config: ModelConfig, *, expected: Mapping[str, tuple[int, ...]] | None = None
+) -> StoredWeights:
     """Open the tensors of a model directory under their saved names; none is loaded yet.
+
+    expected: names and shapes; None: those of the causal LM that `config` describes.
 
     Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another
     shape than `config` describes.
     """
     check_tokenizer_hash(path)
     weights = StoredWeights(path, stored_names(config))
-    expected = expected_shapes(config)
+    if expected is None:
+        expected = expected_shapes(config)
     missing = sorted(expected.keys() - weights.keys())
     # A tied checkpoint may hold the head a second time, and old ones their rotary tables.
     extra = sorted(
@@ -218,22 +229,22 @@ def load_model(
     path = model_folder(path)
     config = read_config(path)
     weights = open_weights(path, config)
-    with torch.device("meta"):
+    with meta_device():
         model = Decoder(config)
-    # The dtype first: on the meta device the change is free.
-    model.to(dtype=dtype or widest(stored_bytes(weights.files)))
     model.eos_ids = eos_ids(path)
-    model.to_empty(device=device)
+    dtype = dtype or widest(stored_bytes(weights.files))
     names = stored_names(config)
-    with torch.no_grad():
-        for name, parameter in model.state_dict(keep_vars=True).items():
-            parameter.copy_(_one(weights, name, config, names))
-            if not torch.isfinite(parameter).all():
-                raise UserError(
-                    f"{name} holds NaN or infinity",
-                    where=path,
-                    hint="this checkpoint is broken; use an earlier one",
-                )
+    state = {}
+    for name, shape in ((name, tensor.shape) for name, tensor in model.state_dict().items()):
+        state[name] = torch.empty(shape, dtype=dtype, device=device)
+        state[name].copy_(_one(weights, name, config, names))
+        if not torch.isfinite(state[name]).all():
+            raise UserError(
+                f"{name} holds NaN or infinity",
+                where=path,
+                hint="this checkpoint is broken; use an earlier one",
+            )
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 

@@ -67,6 +67,18 @@ def read_model_config(path: Path) -> dict[str, Any]:
     return value
 
 
+def check_language_model(value: dict[str, Any], path: Path) -> None:
+    """Raise `UserError` for a configuration of a reward model, or of another sequence classifier."""
+    names = value.get("architectures")
+    names = [str(name) for name in names] if isinstance(names, list) else []
+    if names and all(name.endswith("ForSequenceClassification") for name in names):
+        raise UserError(
+            f"is a reward model ({names[0]}), which scores text and writes none",
+            where=path,
+            hint="give a language model; `koine align reward --model` takes a reward model too",
+        )
+
+
 def check_tokenizer_hash(path: Path) -> None:
     """Raise `UserError` where a trained model's tokenizer is not the one that `training.json` records."""
     record, tokenizer = path / "training.json", path / "tokenizer.json"

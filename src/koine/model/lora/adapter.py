@@ -240,3 +240,30 @@ def adapter_of(model: object) -> LoraAdapter | None:
     """Return the adapter on a model; None without one."""
     found = getattr(model, "adapter", None)
     return found if isinstance(found, LoraAdapter) else None
+
+
+def merged_weights(model: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's state without its adapter, which is added to the matrices: `W + scale * B A`.
+
+    state: of the model with its adapter, by its names. Matrices with an adapter become float32.
+    """
+    out = {
+        name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name
+    }
+    for prefix, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            weight = out[f"{prefix}.weight"].float().clone()
+            for part in module.parts:
+                a_ri, b_or = (state[f"{prefix}.lora_{one}.{part.key}.weight"].float() for one in "AB")
+                place = (
+                    weight[:, part.start : part.stop] if module.columns else weight[part.start : part.stop]
+                )
+                place += module.scale * (b_or @ a_ri)
+            out[f"{prefix}.weight"] = weight
+        elif f"{prefix}.lora_A.{NAME}.weight" in state:
+            layer: Any = module
+            a_ri, b_or = (state[f"{prefix}.lora_{one}.{NAME}.weight"].float() for one in "AB")
+            added_oi = layer.scaling[NAME] * (b_or @ a_ri)
+            base = out[f"{prefix}.weight"].float()
+            out[f"{prefix}.weight"] = base + (added_oi.t() if layer.fan_in_fan_out else added_oi)
+    return out

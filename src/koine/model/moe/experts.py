@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from koine.hardware import bfloat16_is_fast, processor_flags
 from koine.model.config import Activation
 from koine.model.feed_forward import activate
+from koine.model.uncompiled import uncompiled
 
 GROUPED_ROWS = 128
 """Rows of each expert, on average, up to which CPU multiplies all experts in one grouped matmul.
@@ -138,7 +139,7 @@ def _matmul_each(x_nx: Tensor, w_exy: Tensor, *, offs: Tensor) -> Tensor:
 # -- CPU -----------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
+@uncompiled
 def _cpu_experts(
     x_td: Tensor,
     w_in_egd: Tensor,

@@ -5,10 +5,18 @@ input, raises `UserError` for what cannot work, warns with `KoineWarning` of wha
 the facts that the checks of later steps build on.
 """
 
-from koine.steps.checks.alignments import alignment, group_tokens, reference, watched
+from koine.steps.checks.alignments import (
+    alignment,
+    group_tokens,
+    inspected_groups,
+    reference,
+    trained_online,
+    watched,
+)
 from koine.steps.checks.combinations import combined, copied, grown, merged
 from koine.steps.checks.corpora import domain_text, own_corpus, sample, text_corpus
 from koine.steps.checks.profiles import profile_model, profile_sample, profile_speed, profile_text
+from koine.steps.checks.rewards import reward_training
 from koine.steps.checks.trainings import (
     domain_tokens,
     evaluated_model,
@@ -31,6 +39,7 @@ __all__ = [
     "evaluation",
     "group_tokens",
     "grown",
+    "inspected_groups",
     "merged",
     "moved",
     "other_attention",
@@ -40,11 +49,13 @@ __all__ = [
     "profile_speed",
     "profile_text",
     "reference",
+    "reward_training",
     "sample",
     "shared_tokenizer",
     "text_corpus",
     "tokenizer",
     "tokens",
+    "trained_online",
     "training",
     "watched",
 ]

@@ -33,7 +33,7 @@ def combined(
     corpora: Mapping[str, PlannedInput],
     *,
     method: str,
-    top_k: int,
+    top_k: int | None,
     attention_top_k: int,
     encoder: str,
     domain_size: int,
@@ -42,6 +42,7 @@ def combined(
 ) -> ModelFacts | None:
     """Check that the branches are dense models of one shape, and that the mixture can be made of them."""
     from koine.combine.moe.branches import check_other_shapes
+    from koine.combine.moe.upcycle import default_top_k
     from koine.model.formats.config_json import model_type
     from koine.steps.combination import METHODS
 
@@ -57,7 +58,9 @@ def combined(
         branch = dense_model(planned)
         if root is not None and branch is not None:
             check_other_shapes(root, branch, planned.path, than=seed_model.path)
-    mixture = combined_mixture(method, tuple(experts), top_k, attention_top_k, domain_size, seed_copies)
+    mixture = combined_mixture(method, tuple(experts), top_k or 1, attention_top_k, domain_size, seed_copies)
+    if root is not None and mixture is not None and top_k is None:
+        mixture = replace(mixture, top_k=default_top_k(root, mixture))
     if attention_top_k and not method.startswith("bam"):
         surprise(
             f"attention_top_k is {attention_top_k}, and only bam has attention experts (method={method})"

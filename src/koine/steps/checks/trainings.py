@@ -129,17 +129,13 @@ def training(
                 where=source.path if model is None else model.path,
                 hint="give the model's own tokenizer, or move the model to the other one first",
             )
-    found = replace(
-        found,
-        max_position_embeddings=max(found.max_position_embeddings, context_length),
-        rope_theta=rope_theta or found.rope_theta,
-    )
-    if mixture.max_length > found.max_position_embeddings:
+    found = replace(found.with_context(context_length), rope_theta=rope_theta or found.rope_theta)
+    if mixture.max_length > found.context_length:
         raise UserError(
             f"rows have {mixture.max_length} tokens (sequence_length), and the model takes at most "
-            f"{found.max_position_embeddings}",
+            f"{found.context_length}",
             where=None if model is None else model.path,
-            hint=f"choose at most {found.max_position_embeddings}, or lengthen the model's context with the "
+            hint=f"choose at most {found.context_length}, or lengthen the model's context with the "
             "recipe extend",
         )
     if model is None:
