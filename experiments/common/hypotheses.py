@@ -113,6 +113,26 @@ def hypothesis(verdict: str, measured: Mapping[str, Sequence[float]], paper: str
     }
 
 
+def estimated(
+    verdict: str, series: Mapping[str, tuple[float, Sequence[float]]], paper: str, why: str
+) -> dict[str, Any]:
+    """Return the entry of a hypothesis whose unit is the run: estimates over all runs, with their intervals.
+
+    series: name -> value and interval; the first is the headline. Without any nothing could be measured.
+    """
+    value, ends = next(iter(series.values()), (None, None))
+    return {
+        "verdict": verdict,
+        "measured": value,
+        "interval": ends,
+        "series": {
+            name: {"by_seed": [one], "interval": list(found)} for name, (one, found) in series.items()
+        },
+        "paper": paper,
+        "why": why,
+    }
+
+
 def verdict_blocks(hypotheses: Mapping[str, Mapping[str, Any]], digits: int = 3) -> list[dict[str, Any]]:
     """Return report blocks: the number of reproduced hypotheses, and a table of all."""
     by_verdict: dict[str, list[str]] = {}
@@ -120,7 +140,7 @@ def verdict_blocks(hypotheses: Mapping[str, Mapping[str, Any]], digits: int = 3)
         by_verdict.setdefault(one["verdict"], []).append(name)
     text = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in sorted(by_verdict.items()))
     rows = [
-        [name, one["verdict"], f"{one['measured']:+.{digits}f}", one["why"]]
+        [name, one["verdict"], _signed(one["measured"], digits), one["why"]]
         for name, one in hypotheses.items()
     ]
     title = f"{len(by_verdict.get('reproduced', []))} of {len(hypotheses)} hypotheses reproduced"
@@ -135,6 +155,11 @@ def verdict_blocks(hypotheses: Mapping[str, Mapping[str, Any]], digits: int = 3)
     ]
 
 
+def _signed(value: float | None, digits: int) -> str:
+    """Format a number with its sign; a dash where nothing was measured."""
+    return "–" if value is None else f"{value:+.{digits}f}"
+
+
 def verdict_markdown(hypotheses: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the table of verdicts in Markdown: every series with its mean over seeds and interval."""
     lines = ["| id | verdict | measured, mean over seeds (95 % interval) | paper |", "|---|---|---|---|"]
@@ -144,5 +169,5 @@ def verdict_markdown(hypotheses: Mapping[str, Mapping[str, Any]]) -> str:
             f"({series['interval'][0]:+.3f} to {series['interval'][1]:+.3f})"
             for label, series in one["series"].items()
         ]
-        lines.append(f"| {name} | {one['verdict']} | {'; '.join(parts)} | {one['paper']} |")
+        lines.append(f"| {name} | {one['verdict']} | {'; '.join(parts) or '–'} | {one['paper']} |")
     return "\n".join(lines) + "\n"

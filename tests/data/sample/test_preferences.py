@@ -195,7 +195,7 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_written_with_the_sample_world(tmp_path: Path) -> None:
-    sizes = {"documents_per_language": 20, "questions_per_language": 20, "code_bytes": 0}
+    sizes: dict[str, Any] = {"documents_per_language": 20, "questions_per_language": 20, "code_bytes": 0}
     write_sample(("en", "sw"), tmp_path / "without", **sizes)
     write_sample(("en", "sw"), tmp_path / "with", preferences_per_language=50, **sizes)
     assert not (tmp_path / "without" / "preferences").exists()
