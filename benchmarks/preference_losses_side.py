@@ -86,12 +86,16 @@ def main() -> None:
     request = json.loads(place.read_text())
     request["out"] = str(place.parent / "trainer")
     models: dict[str, Any] = {
-        name: AutoModelForCausalLM.from_pretrained(request[name], dtype=torch.float64)
+        name: AutoModelForCausalLM.from_pretrained(
+            request[name], dtype=torch.float64, local_files_only=True, trust_remote_code=False
+        )
         for name in ("policy", "reference")
     }
     # `transformers` gives the padding token's input embedding no gradient, also where the token ends an answer.
     models["policy"].get_input_embeddings().padding_idx = None
-    models["tokenizer"] = AutoTokenizer.from_pretrained(request["policy"])
+    models["tokenizer"] = AutoTokenizer.from_pretrained(
+        request["policy"], local_files_only=True, trust_remote_code=False
+    )
     losses = {}
     for number, case in enumerate(request["cases"]):
         trainer = trainer_of(case, request, models)

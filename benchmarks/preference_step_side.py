@@ -232,7 +232,7 @@ def dpo_trainer(
     from trl import DPOConfig, DPOTrainer
 
     def load(path: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(path, **LOADING)
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **LOADING)
 
     model = load(weights)
     trainer = without_preparation(DPOTrainer)(
@@ -266,8 +266,10 @@ def reward_trainer(arguments: dict[str, Any], pairs: list[dict[str, list[int]]],
     class Classifier(GenericForSequenceClassification, Cohere2PreTrainedModel):  # type: ignore[misc]
         pass
 
-    config = AutoConfig.from_pretrained(weights, num_labels=1, pad_token_id=0)
-    model = Classifier.from_pretrained(weights, config=config, **LOADING)
+    config = AutoConfig.from_pretrained(
+        weights, num_labels=1, pad_token_id=0, local_files_only=True, trust_remote_code=False
+    )
+    model = Classifier.from_pretrained(weights, config=config, trust_remote_code=False, **LOADING)
     with torch.no_grad():
         model.score.weight.copy_(read_score(weights))
     columns = [
@@ -281,7 +283,7 @@ def reward_trainer(arguments: dict[str, Any], pairs: list[dict[str, list[int]]],
     )
 
 
-LOADING = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+LOADING = {"dtype": torch.float32, "local_files_only": True}
 
 
 def trainer_arguments(configuration: Configuration, folder: str) -> dict[str, Any]:

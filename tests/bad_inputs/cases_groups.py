@@ -14,7 +14,8 @@ PAIR = {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Red.", "language": "en
 SCORED = {"prompt": "Sky?", "completions": ["Blue.", "Red."], "scores": [1.0, 0.0], "language": "en"}
 ODD_TEMPLATE = (
     "{% for message in messages %}{% if loop.last %}last: {% endif %}"
-    "{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{{ message['role'] }}: {% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}\n"
+    "{% endgeneration %}{% else %}{{ message['content'] }}\n{% endif %}{% endfor %}"
 )
 """Marks the last message, so that the prompt alone is written in another way than before an answer."""
 TRAIN = (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from koine.data.mixture import Shape, StepPosition
+from koine.files import write_atomically
 
 
 class FakeSpan(NamedTuple):
@@ -108,7 +109,9 @@ class FakeOrder:
 
 def fake_order(folder: Path, *, steps: tuple[int, ...] = (12,), **sizes: int) -> FakeOrder:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text("{}")
+    if not (folder / "manifest.json").exists():
+        # Whole at once: another process may be reading it.
+        write_atomically(folder / "manifest.json", "{}")
     source = FakeSource("s", folder)
     phases = tuple(FakePhase(f"phase-{index}", count, (source,)) for index, count in enumerate(steps))
     return FakeOrder(FakeMixture(phases, **sizes))

@@ -104,7 +104,8 @@ def tokenize(
         record_format=record_format if kind == "documents" else RecordFormat(GROUP_FORMATS[kind], "all"),
         accept=None if kind == "documents" else partial(group_fault, kind=kind),
     )
-    loaded = load_tokenizer(tokenizer)
+    # The folder's files may be others than in an earlier call.
+    loaded = _LOADED[tokenizer] = load_tokenizer(tokenizer)
     request = {
         "source": str(source),
         "tokenizer": loaded.fingerprint,
