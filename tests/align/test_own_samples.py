@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from koine.align.own_samples import inference_copy, sample_completions
+from koine.align.own_samples import sample_completions
+from koine.align.sampler import inference_copy
 from koine.errors import UserError
 from koine.generate.sampling import Sampling
 from koine.model.lora.adapter import add_lora
@@ -80,13 +81,10 @@ def test_training_goes_on_as_if_nothing_was_sampled(build: Any) -> None:
     assert all(map(torch.equal, untouched, touched))
 
 
-def test_the_copy_has_weights_of_its_own() -> None:
+def test_the_copy_learns_nothing() -> None:
     model = policies.policy()
-    clone = inference_copy(model)
-    with torch.no_grad():
-        model.embedding.weight.zero_()
-    assert clone.state_dict()["embedding.weight"].abs().sum() > 0
-    assert not any(parameter.requires_grad for parameter in clone.parameters())
+    copied = inference_copy(model)
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 

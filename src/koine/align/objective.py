@@ -111,11 +111,15 @@ def preference_objective(
     """Return the objective of a loss, such as `dpo:beta=0.1+nll:weight=0.2`.
 
     A reference that the loss does not need only adds figures. Raises `UserError` for an unknown loss, and for
-    one that needs a reference where there is none.
+    one that needs a reference where there is none; `ValueError` for a reference of another temperature.
     """
     spec = LossSpec.parse(loss) if isinstance(loss, str) else loss
     if spec.needs_reference and reference is None:
         raise UserError(
             f"the loss {spec} needs a reference", hint="give --reference start or --reference MODEL"
+        )
+    if reference is not None and reference.temperature != temperature:
+        raise ValueError(
+            f"the reference has a temperature of {reference.temperature}, the policy {temperature}"
         )
     return PreferenceObjective(spec, reference, temperature)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +39,11 @@ IDENTITY = "reference.json"
 
 class Reference(Protocol):
     """Log-probabilities of completions by a fixed model."""
+
+    @property
+    def temperature(self) -> float:
+        """Temperature that the logits are divided by."""
+        ...
 
     @property
     def key(self) -> str:
@@ -74,9 +77,7 @@ class ReferenceModel:
 
     def of(self, batch: GroupBatch, /) -> Tensor:
         """Return the log-probability of each completion of a batch, `[C]` float32."""
-        self.model.to(batch.tokens.device)
-        with torch.no_grad():
-            return completion_log_probabilities(self.model, batch, temperature=self.temperature).sums
+        return _without_gradients(self.model.to(batch.tokens.device), batch, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ class ReferenceLogProbabilities:
     sums: dict[str, NDArray[np.float64]] = field(compare=False, repr=False)
     first: dict[str, NDArray[np.int64]] = field(compare=False, repr=False)
     mismatched: dict[str, NDArray[np.float64]] = field(compare=False, repr=False, default_factory=dict)
+
+    @property
+    def temperature(self) -> float:
+        """1: they are of the model's own distribution."""
+        return 1.0
 
     def of(self, batch: GroupBatch) -> Tensor:
         """Return the log-probability of each completion of a batch, `[C]` float32, on the batch's device."""
@@ -293,12 +299,7 @@ def _compute(
     fitting = [number for number in groups if fewest_tokens(tokens.segments(number)) <= time]
     for packed, numbers in source_batches(tokens, name, fitting, time=time, rows=rows):
         batch = packed.to(device)
-        # Kernels are chosen by whether gradients are enabled. These are the policy's: with the same weights the
-        # log-ratio is then 0 also in bfloat16, where other kernels differ by a nat over 300 tokens. Nothing
-        # requires gradients, so nothing is kept for them.
-        with torch.enable_grad(), _frozen(model):
-            sums = completion_log_probabilities(model, batch).sums
-        values = sums.detach().double().cpu().numpy()
+        values = _without_gradients(model, batch).double().cpu().numpy()
         for number, start in zip(numbers, _starts(batch), strict=True):
             count = int(first[number + 1] - first[number])
             offset = int(first[number] - first[groups.start])
@@ -306,14 +307,19 @@ def _compute(
     return found
 
 
-@contextmanager
-def _frozen(model: LanguageModel) -> Iterator[None]:
-    """Let no weight require gradients meanwhile."""
+def _without_gradients(model: LanguageModel, batch: GroupBatch, temperature: float = 1.0) -> Tensor:
+    """Compute the log-probability of each completion by the kernels of a training, `[C]`.
+
+    Kernels are chosen by whether gradients are enabled. With the same kernels and weights the log-ratio to the
+    policy is 0, also in bfloat16, where other kernels differ by a nat over 300 tokens. No weight requires
+    gradients meanwhile, so nothing is kept for them.
+    """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad = False
     try:
-        yield
+        with torch.enable_grad():
+            return completion_log_probabilities(model, batch, temperature=temperature).sums.detach()
     finally:
         for parameter in learning:
             parameter.requires_grad = True

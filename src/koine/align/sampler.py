@@ -1,9 +1,9 @@
 """Sample completions from a model in training.
 
-Generation wants weights in another layout than training, which cannot be trained (`koine.generate.cpu`). So each
-round makes a copy of the model for inference. The copy shares all tensors with the model, except the matrices
-that are prepacked: these are laid out anew from the weights of the moment, which takes less time than one
-training step (docs/explanation/log.md).
+Generation wants weights in a layout that cannot be trained (`koine.generate.cpu`). So each round makes a copy
+of the model for inference. The copy shares all tensors with the model, except the matrices that are prepacked:
+these are laid out anew from the weights of the moment, which takes less time than one training step
+(docs/explanation/log.md).
 """
 
 from __future__ import annotations
@@ -55,11 +55,13 @@ def gathered(model: LanguageModel, dtype: torch.dtype | None) -> LanguageModel:
 
     dtype: that split weights are computed in; None: as they are.
 
-    Raises `UserError` for a model with a LoRA adapter.
+    Raises `UserError` for another class than our decoder, and for a model with a LoRA adapter.
     """
     if not isinstance(model, Decoder) or model.adapter is not None:
+        what = "model with an adapter" if model.adapter is not None else model.architecture
         raise UserError(
-            "completions of an adapter are drawn in one process only", hint="start without torchrun"
+            f"a {what} whose weights are split over processes cannot be sampled from",
+            hint="train in one process",
         )
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -70,6 +72,18 @@ def gathered(model: LanguageModel, dtype: torch.dtype | None) -> LanguageModel:
     copied.load_state_dict(tensors, assign=True)
     copied.eos_ids = model.eos_ids
     return copied
+
+
+def open_scheduler(model: LanguageModel, max_batch: int) -> Scheduler | PaddedScheduler | SequentialGenerator:
+    """Return what runs the requests of an `inference_copy`."""
+    if isinstance(model, Decoder):
+        return Scheduler(model, max_batch=max_batch)
+    assert isinstance(model, CausalLM)
+    with torch.inference_mode():
+        shapes = probe_padding(model.inner)
+    if shapes is None:
+        return SequentialGenerator(model)
+    return PaddedScheduler(model, shapes, max_batch=max_batch)
 
 
 def sample(
@@ -93,18 +107,7 @@ def sample(
         stop_ids: tokens that end a completion; the one found is its last token.
         max_batch: completions that run at once.
     """
-    engine: Scheduler | PaddedScheduler | SequentialGenerator
-    if isinstance(model, Decoder):
-        engine = Scheduler(model, max_batch=max_batch)
-    else:
-        assert isinstance(model, CausalLM)
-        with torch.inference_mode():
-            shapes = probe_padding(model.inner)
-        engine = (
-            SequentialGenerator(model)
-            if shapes is None
-            else PaddedScheduler(model, shapes, max_batch=max_batch)
-        )
+    engine = open_scheduler(model, max_batch)
     requests = []
     for prompt, seed in zip(prompts, seeds, strict=True):
         request = engine.submit(prompt, replace(sampling, seed=seed), stop_ids=stop_ids)
