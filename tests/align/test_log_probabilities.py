@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from koine.align import completion_log_probabilities
-from koine.align.log_probabilities import segment_context, token_log_probabilities
+from koine.align.log_probabilities import token_log_probabilities
 from koine.data.groups import GroupBatch
 from koine.model.attention.segments import SegmentContext
 from koine.model.decoder import Decoder
@@ -258,10 +258,3 @@ def test_padding_and_neighbours_do_not_matter() -> None:
     alone = completion_log_probabilities(model, batch_of([[tree]], 17, 64)).sums
     beside = completion_log_probabilities(model, batch_of([[tree, other], [other]], 50, 64)).sums
     assert error_of(beside[:2], alone) <= FLOAT32
-
-
-def test_a_context_of_segments_has_no_cache() -> None:
-    model = small_model()
-    context = segment_context(model, mixed_batch(64))
-    with pytest.raises(NotImplementedError):
-        context.attend_packed(0, torch.zeros(1), torch.zeros(1))

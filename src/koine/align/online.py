@@ -432,7 +432,7 @@ def train_online(
         train(
             policy,
             objective,
-            order,  # type: ignore[arg-type]
+            order,
             settings,
             out=folder,
             tokenizer=start,

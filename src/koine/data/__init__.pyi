@@ -1,5 +1,6 @@
 from .batch import Batch as Batch
 from .batch import Span as Span
+from .batch import StepBatches as StepBatches
 from .data_order import DataOrder as DataOrder
 from .formats import RecordFormat as RecordFormat
 from .groups import Group as Group

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from koine.data.mixture import Mixture
 
 NO_TARGET = -100
 """Marks a position without a target (torch's cross-entropy ignores this value)."""
@@ -61,3 +64,21 @@ class Batch:
             targets=self.targets.to(device),
             document_ids=None if ids is None else ids.to(device),
         )
+
+
+class StepBatches(Protocol):
+    """The batches of a training, by step: `DataOrder`, `PreferenceOrder`, or an order of your own.
+
+    It may also have `holds_groups`, `sources`, `cut_text`, `drawn()` and `record()`, as those two have.
+    """
+
+    @property
+    def mixture(self) -> Mixture:
+        """Number of steps and shape of their batches."""
+        ...
+
+    def batch(
+        self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
+    ) -> Any:
+        """Return what the objective gets: the rows of `rank` at `step`, or a slice of them."""
+        ...

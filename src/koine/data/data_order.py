@@ -64,8 +64,8 @@ class _BatchGroup:
     """Sequences of each component in a block."""
 
 
-class DataOrder:
-    """Batches of a mixture, by step.
+class RowOrder:
+    """Rows of a mixture, by step: the documents or groups that each holds. A subclass makes batches of them.
 
     Raises `UserError` if a source is missing or damaged, a named language is not in it, or the sources were
     made with different tokenizers.
@@ -227,33 +227,15 @@ class DataOrder:
             out.append((component, component.packing.row(before)))
         return out
 
-    # --- batches ---
-
-    def batch(
-        self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
-    ) -> Batch:
-        """Return the rows of `rank` at `step`; `micro_batch` takes a slice of them.
-
-        Ranks hold consecutive, equal parts of the global batch.
-        """
-        content, time = self.rows_of(step, rank=rank, world_size=world_size, micro_batch=micro_batch)
-        cross = self.mixture.cross_document_attention
-        tokens = np.zeros((len(content), time), dtype=np.int64)
-        targets = np.full((len(content), time), NO_TARGET, dtype=np.int64)
-        ids = np.full((len(content), time), -1, dtype=np.int32)
-        for index, (component, pieces) in enumerate(content):
-            fill(component, pieces, tokens[index], targets[index], ids[index], cross=cross)
-        document_ids = None
-        if not cross:
-            document_ids = torch.from_numpy(ids)
-        return Batch(
-            torch.from_numpy(tokens), torch.from_numpy(targets), document_ids, lambda: spans_of(content, time)
-        )
+    # --- rows ---
 
     def rows_of(
         self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
     ) -> tuple[list[tuple[Component, list[DocumentSlice]]], int]:
-        """Return component and document slices of the rows of `batch`, and the tokens of a row."""
+        """Return component and document slices of the rows of `rank` at `step`, and the tokens of a row.
+
+        Ranks hold consecutive, equal parts of the global batch. `micro_batch` takes a slice of them.
+        """
         time, size = self.mixture.shape(step)
         if size % world_size:
             raise UserError(
@@ -307,6 +289,31 @@ class DataOrder:
                 KoineWarning,
                 stacklevel=3,
             )
+
+
+class DataOrder(RowOrder):
+    """Batches of a mixture of documents, by step.
+
+    Raises `UserError` as `RowOrder`, and for sources of groups.
+    """
+
+    def batch(
+        self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
+    ) -> Batch:
+        """Return the documents in the rows of `rank` at `step`; `micro_batch` takes a slice of the rows."""
+        content, time = self.rows_of(step, rank=rank, world_size=world_size, micro_batch=micro_batch)
+        cross = self.mixture.cross_document_attention
+        tokens = np.zeros((len(content), time), dtype=np.int64)
+        targets = np.full((len(content), time), NO_TARGET, dtype=np.int64)
+        ids = np.full((len(content), time), -1, dtype=np.int32)
+        for index, (component, pieces) in enumerate(content):
+            fill(component, pieces, tokens[index], targets[index], ids[index], cross=cross)
+        document_ids = None
+        if not cross:
+            document_ids = torch.from_numpy(ids)
+        return Batch(
+            torch.from_numpy(tokens), torch.from_numpy(targets), document_ids, lambda: spans_of(content, time)
+        )
 
 
 class _RecentlyUsed(OrderedDict[Any, T]):

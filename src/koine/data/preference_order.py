@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from koine.data.collate import spans_of
-from koine.data.data_order import DataOrder
+from koine.data.data_order import RowOrder
 from koine.data.groups import Group, GroupBatch, GroupSource, PlacedSegment, fit_segments
 from koine.data.mismatched import MismatchedSource
 from koine.data.mixture import Mixture
@@ -20,8 +20,8 @@ from koine.data.packing import DocumentSlice
 from koine.errors import UserError
 
 
-class PreferenceOrder(DataOrder):
-    """`DataOrder` over groups: a row holds whole groups, and `batch` is a pure function of the step.
+class PreferenceOrder(RowOrder):
+    """Batches of a mixture of groups: a row holds whole groups, and `batch` is a pure function of the step.
 
     Completions of a group that is longer than a row are cut to one common length. Groups whose prompt leaves
     no room for them are left out, with a warning.
@@ -52,7 +52,7 @@ class PreferenceOrder(DataOrder):
         turns = {source.manifest.get("revision") for source in self.sources.values()} - {None}
         return {"revision": turns.pop()} if turns else {}
 
-    def batch(  # type: ignore[override]
+    def batch(
         self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
     ) -> GroupBatch:
         """Return the groups in the rows of `rank` at `step`; `micro_batch` takes a slice of the rows."""

@@ -24,7 +24,7 @@ from koine.generate.cache.prefix_cache import PrefixCache, common_length
 from koine.generate.cpu.prepacked_decoder import build_prepacked_decoder
 from koine.generate.request import Finish, Request, TokenGrammar, new_request, sample_next
 from koine.generate.sampling import Sampling
-from koine.model.attention.context import AttentionContext
+from koine.model.attention.context import PackedAttentionContext
 from koine.model.attention.rope_frequencies import rope_of
 from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
@@ -262,7 +262,7 @@ class Scheduler:
             return self._sample(batch, self.model.logits(hidden_bh))
         return []
 
-    def _forward(self, ids: Sequence[int], context: AttentionContext) -> Tensor:
+    def _forward(self, ids: Sequence[int], context: PackedAttentionContext) -> Tensor:
         """Return the hidden states `[n, h]` of the tokens of a prefill or decode step."""
         tokens_n = torch.tensor(ids, device=self.device)
         if self._prepacked is not None:

@@ -9,7 +9,7 @@ from koine.model.formats.model_card import ModelCard, Parent
 from koine.train.progress import final_metrics
 
 if TYPE_CHECKING:
-    from koine.data.data_order import DataOrder
+    from koine.data.batch import StepBatches
     from koine.data.shards import TokenSource
     from koine.train.export import OutputFolder
     from koine.train.settings import TrainSettings
@@ -22,7 +22,7 @@ _WHAT = {
 
 
 def training_card(
-    data: DataOrder,
+    data: StepBatches,
     settings: TrainSettings,
     identity: dict[str, Any],
     output: OutputFolder,
@@ -85,7 +85,7 @@ def training_card(
     )
 
 
-def _data(data: DataOrder) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
+def _data(data: StepBatches) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
     """Return the rows of the table of data, and all languages that are drawn; none for other data orders."""
     opened: dict[Path, TokenSource] = getattr(data, "sources", {})
     rows: dict[str, tuple[str, str, str]] = {}

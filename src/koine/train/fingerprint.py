@@ -21,7 +21,7 @@ from koine.model.language_model import LanguageModel
 from koine.train.settings import RESULT, TrainSettings
 
 if TYPE_CHECKING:
-    from koine.data.data_order import DataOrder
+    from koine.data.batch import StepBatches
     from koine.train.objectives import Objective
 
 SHA256 = "sha256:"
@@ -41,7 +41,7 @@ _CALLS = {
 def training_identity(
     model: LanguageModel,
     objective: Objective,
-    data: DataOrder,
+    data: StepBatches,
     settings: TrainSettings,
     tokenizer: Path | None,
 ) -> dict[str, Any]:

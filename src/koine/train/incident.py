@@ -11,7 +11,7 @@ from koine.train.distributed import Ranks
 from koine.train.export import OutputFolder
 
 if TYPE_CHECKING:
-    from koine.data.data_order import DataOrder
+    from koine.data.batch import StepBatches
 
 
 class TrainingStopped(UserError):  # noqa: N818
@@ -23,7 +23,7 @@ def write_incident(
     step: int,
     loss: float,
     gradient_norm: float,
-    data: DataOrder,
+    data: StepBatches,
     output: OutputFolder,
     ranks: Ranks,
 ) -> TrainingStopped:

@@ -50,8 +50,7 @@ from koine.train.tracking.background import Tracking
 from koine.train.tracking.run_logger import Outcome, RunLogger
 
 if TYPE_CHECKING:
-    from koine.data.batch import Batch
-    from koine.data.data_order import DataOrder
+    from koine.data.batch import StepBatches
     from koine.data.mixture import StepPosition
     from koine.model.formats.model_card import ModelCard
 
@@ -68,7 +67,7 @@ Evaluate = Callable[[LanguageModel, int], Mapping[str, float]]
 def train(
     model: LanguageModel,
     objective: Objective,
-    data: DataOrder,
+    data: StepBatches,
     settings: TrainSettings,
     *,
     out: Path,
@@ -190,7 +189,7 @@ class Trainer:
         self,
         model: LanguageModel,
         objective: Objective,
-        data: DataOrder,
+        data: StepBatches,
         settings: TrainSettings,
         output: OutputFolder,
         identity: dict[str, Any],
@@ -316,7 +315,7 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         metric_sums: dict[str, float] = {}
 
-        def load_batch(rows: slice) -> Batch:
+        def load_batch(rows: slice) -> Any:
             batch = self.data.batch(
                 step, rank=self.ranks.rank, world_size=self.ranks.world_size, micro_batch=rows
             )
@@ -514,7 +513,7 @@ class Trainer:
         }
 
 
-def cut_text(data: DataOrder) -> tuple[CutText, ...]:
+def cut_text(data: StepBatches) -> tuple[CutText, ...]:
     """Return what is cut off of long documents; a data order of another class may not count it."""
     return getattr(data, "cut_text", ())
 

@@ -68,7 +68,7 @@ class PrefillContext:
         return out
 
     def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """Store and attend for tokens in one row (`AttentionContext.attend_packed`)."""
+        """Store and attend for tokens in one row (`PackedAttentionContext.attend_packed`)."""
         k, v = new.unsqueeze(1)
         return self.attend(layer, q[None], k, v).view(q.shape)
 
@@ -204,7 +204,7 @@ class DecodeContext:
         return self.attend_packed(layer, q[:, 0], torch.stack((k[:, 0], v[:, 0]))).flatten(1)[:, None]
 
     def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """Store and attend for tokens in one row (`AttentionContext.attend_packed`)."""
+        """Store and attend for tokens in one row (`PackedAttentionContext.attend_packed`)."""
         view = self._views.get(layer)
         if view is not None:
             # A run has a place for every position; a ring starts again at its end.

@@ -21,7 +21,7 @@ from koine.generate.cpu.one_row import Operation
 from koine.generate.cpu.operations import activate, normalise, normalise_heads
 from koine.generate.cpu.prepacked_linear import PrepackedLinear, TransposedLinear
 from koine.generate.cpu.rope_table import RopeTable
-from koine.model.attention.context import AttentionContext
+from koine.model.attention.context import PackedAttentionContext
 from koine.model.attention.rope_frequencies import Rope
 from koine.model.block import Block, ParallelBlock, SequentialBlock
 from koine.model.config import ModelConfig
@@ -83,7 +83,7 @@ class _Pass:
         heads = model.config.query_heads + model.config.kv_heads
         shape = (rows, heads, model.config.head_dim // 2)
         self._rotations = {rope: torch.empty(shape, dtype=torch.complex64) for rope in tables}
-        self._context: AttentionContext
+        self._context: PackedAttentionContext
         self._operations: list[Operation] = []
         # Gemma rounds the factor to the dtype of the weights.
         scale = torch.tensor(model.config.embedding_scale, dtype=self._embedding.dtype)
@@ -97,7 +97,7 @@ class _Pass:
                 self._add_sequential(index, block)
         self._add_norm(model.norm, self._buffers.x, self._buffers.normed)
 
-    def run(self, tokens: Tensor, context: AttentionContext) -> Tensor:
+    def run(self, tokens: Tensor, context: PackedAttentionContext) -> Tensor:
         """Return the hidden states `[rows, hidden]` after the final norm; the next pass overwrites them."""
         torch.index_select(self._embedding, 0, tokens, out=self._buffers.x)
         for rope, table in self._tables.items():
@@ -184,7 +184,7 @@ class PrepackedDecoder:
         self._one = _Pass(model, self._tables, 1)
         self._several = self._one
 
-    def __call__(self, tokens: Tensor, context: AttentionContext) -> Tensor:
+    def __call__(self, tokens: Tensor, context: PackedAttentionContext) -> Tensor:
         """Return the hidden states `[rows, hidden]` after the final norm of `tokens` `[rows]`."""
         rows = tokens.shape[0]
         if rows > MOST_ROWS:

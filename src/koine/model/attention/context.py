@@ -1,4 +1,4 @@
-"""The interface between the decoder and a KV cache (`koine.generate.cache`)."""
+"""The interface between the decoder and a KV cache (`koine.generate.cache`) or shared prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class AttentionContext(Protocol):
-    """A KV cache as one forward pass uses it: positions, and attention over cached and new tokens."""
+    """Positions, and attention of a forward pass, such as over the tokens of a KV cache and the new ones."""
 
     @property
     def positions(self) -> Tensor:
@@ -21,7 +21,7 @@ class AttentionContext(Protocol):
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store keys and values, then attend.
+        """Store keys and values where there is a cache, then attend.
 
         Args:
             layer: index of the layer.
@@ -32,6 +32,14 @@ class AttentionContext(Protocol):
             `[batch, time, heads * head_dim]`.
         """
         ...
+
+    def finish(self) -> None:
+        """Add the tokens of this pass to the lengths of their sequences."""
+        ...
+
+
+class PackedAttentionContext(AttentionContext, Protocol):
+    """A KV cache for passes whose tokens are packed into one row (`koine.generate.cpu`)."""
 
     def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """Store keys and values, then attend, for the tokens of all sequences packed into one row.
@@ -44,8 +52,4 @@ class AttentionContext(Protocol):
         Returns:
             `[tokens, kv_heads, groups, head_dim]`.
         """
-        ...
-
-    def finish(self) -> None:
-        """Add the tokens of this pass to the lengths of their sequences."""
         ...

@@ -113,10 +113,6 @@ class SegmentContext:
     def finish(self) -> None:
         """Do nothing: there is no cache."""
 
-    def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """Raise `NotImplementedError`: this context is for whole batches."""
-        raise NotImplementedError("segments are attended to in whole batches")
-
     @uncompiled
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend each token to its path (`AttentionContext.attend`)."""
