@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -431,3 +432,44 @@ def test_the_step_of_plans(start: Path, tmp_path: Path) -> None:
 
 def write_prompts(folder: Path) -> Path:
     return write_records(folder / "prompts.jsonl", RECORDS)
+
+
+def test_a_reward_model_scores_and_another_one_is_another_training(start: Path, tmp_path: Path) -> None:
+    from koine.model.reward_model import start_reward_model
+
+    prompts, folder = write_prompts(tmp_path), tmp_path / "reward"
+
+    def run_with(seed: int) -> Any:
+        torch.manual_seed(seed)
+        model = start_reward_model(start)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        model.save(folder, tokenizer=start)
+        arguments = [
+            "align",
+            "online",
+            "--model",
+            str(start),
+            "--prompts",
+            str(prompts),
+            "--loss",
+            "rloo:beta=0.1",
+        ]
+        arguments += ["--reward", "reward-model", "--reward-model", str(folder), "--k", "2", "--steps", "1"]
+        arguments += [
+            "--prompts-per-step",
+            "2",
+            "--max-new-tokens",
+            "4",
+            "--out",
+            str(tmp_path / "policy"),
+            "--json",
+        ]
+        return CliRunner().invoke(cli, arguments, catch_exceptions=False)
+
+    result = run_with(1)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["rounds"][0]["scored"] == 2 * 2
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="reward: reward-model; reward model"):
+        run_with(2)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
@@ -20,12 +21,9 @@ from koine.model.lora.config import LoraConfig
 from koine.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from koine.align.online import OnlineSettings
+    from koine.align.online import OnlineSettings, ReferenceName
     from koine.align.prompts import Prompt
     from koine.model.language_model import LanguageModel
-
-REFERENCES = ("start", "round", "none")
-
 
 FIXED = ("spike_deviations", "spike_rise", "spike_window", "evaluate_every", "best_metric")
 """Settings without an option: the loss of a policy gradient is no likelihood, and may rise."""
@@ -61,6 +59,7 @@ def _training_options(command: Any) -> Any:
     metavar="REWARD",
     help="Weighted sum of rewards, for example 0.7*language+0.3*length:most=20.",
 )
+@click.option("--reward-model", type=MODEL, help="Folder of the reward model for the reward `reward-model`.")
 @click.option("--judge", type=MODEL, help="Model folder, or OWNER/NAME of the hub, for the reward `judge`.")
 @click.option(
     "--judge-template",
@@ -126,6 +125,7 @@ def online(
     prompts: Path,
     loss: str,
     reward_text: str,
+    reward_model: Path | None,
     judge: Path | None,
     judge_template: Path | None,
     reference: str,
@@ -145,17 +145,13 @@ def online(
     settings_of_drawing = _online_settings(loss, options)
     lora: LoraConfig = take(LoraConfig, options, LORA_PREFIX)
     settings = TrainSettings(spike_deviations=0, **options)
-    place = reference if reference in REFERENCES else Path(reference)
-    if isinstance(place, Path) and not place.is_dir():
-        raise UserError(
-            "no such model directory", where=place, hint="give start, round, none or a model folder"
-        )
+    place = _reference(reference)
     if lora.rank and settings_of_drawing.rounds > 1:
         raise UserError(
             "an adapter cannot be trained in rounds: the next one would start from the adapter alone",
             hint="train one round, or without --lora-rank",
         )
-    reward = open_reward(reward_text, judge, judge_template, device)
+    reward = open_reward(reward_text, judge, judge_template, device, reward_model)
     tokenizer = load_tokenizer(model)
     rows = read_prompts(prompts, tokenizer)
     if dry_run:
@@ -168,18 +164,18 @@ def online(
 
             add_lora(policy, lora, base=folder, seed=settings.seed)
 
-    parents = {"model": model, "prompts": prompts, "judge": judge}
+    parents = {"model": model, "prompts": prompts, "judge": judge, "reward_model": reward_model}
     with recorded_output(out, parents, metrics=lambda folder: {}):
         last = train_online(
             model,
             rows,
             reward,
-            reward_name=reward_text if judge is None else f"{reward_text} by {judge.absolute().name}",
+            reward_name=reward_identity(reward_text, reward_model, judge, judge_template),
             online=settings_of_drawing,
             settings=settings,
             tokenizer=tokenizer,
             out=out,
-            reference=place,  # type: ignore[arg-type]
+            reference=place,
             device=device,
             prepare=prepare,
         )
@@ -188,6 +184,36 @@ def online(
     folders = [out] if settings_of_drawing.rounds == 1 else sorted(out.glob("round-*"))
     rounds = [{"folder": folder, **summary_of(folder / ROLLOUTS)} for folder in folders]
     print_answer({"written": last, "rounds": rounds}, lambda: _show(rounds))
+
+
+def reward_identity(text: str, reward_model: Path | None, judge: Path | None, template: Path | None) -> str:
+    """Return the text of a reward with digests of what else determines it: models by their weights, the template.
+
+    A folder of other weights under the same name is another reward; a copy of a folder is the same one.
+    """
+    from koine.model.formats.tensor_digest import folder_digest
+
+    parts = [text]
+    for name, model in (("reward model", reward_model), ("judge", judge)):
+        if model is not None:
+            # Pickled weights have no digest: the folder must then stay where it is.
+            digest = folder_digest(model)
+            parts.append(f"{name} {digest[:16] if digest else model.absolute()}")
+    if template is not None:
+        parts.append(f"template {hashlib.sha256(template.read_bytes()).hexdigest()[:16]}")
+    return "; ".join(parts)
+
+
+def _reference(text: str) -> ReferenceName | Path:
+    from koine.align.online import ReferenceName
+
+    if text in get_args(ReferenceName):
+        return cast("ReferenceName", text)
+    if not Path(text).is_dir():
+        raise UserError(
+            "no such model directory", where=text, hint="give start, round, none or a model folder"
+        )
+    return Path(text)
 
 
 def _online_settings(loss: str, options: dict[str, Any]) -> OnlineSettings:
