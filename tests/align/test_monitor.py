@@ -273,7 +273,7 @@ print("kills", kills, "rounds", rounds, "length", length, "stopped", stopped)
 def test_a_killed_run_stops_at_the_same_step_with_the_same_files(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PARENT, str(tmp_path), "10"],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=240,
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[1]) >= 10

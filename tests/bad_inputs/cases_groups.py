@@ -144,7 +144,7 @@ CASES = (
         mistake="prompts longer than a row",
         command=TRAIN.replace("--sequence-length 96", "--sequence-length 12") + " --loss dpo",
         prepare=worlds.having("model", "pairs"),
-        says="pairs: 3 of 3 prompts leave no room for their completions in a row of 12 tokens; raise --sequence-length (the longest needs … tokens)",
+        says="pairs: 3 of 3 groups have no room for their completions in a row of 12 tokens; raise --sequence-length (the longest needs … tokens)",
     ),
     Case(
         mistake="a loss with a strength of zero",

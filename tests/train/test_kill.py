@@ -93,7 +93,7 @@ def test_bit_identical_after_kills(tmp_path: Path, dtype: str, kills: int, stop:
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"kills {kills}" in done.stdout or int(done.stdout.split()[1]) >= kills

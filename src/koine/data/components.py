@@ -81,7 +81,7 @@ def components_of(
 
 
 def drawable_groups(source: TokenSource, sequence_length: int) -> NDArray[Any]:
-    """Return whether each group has room for its prompt and one token of each completion, `[documents]`.
+    """Return whether each group fits a row once its completions are cut (`fewest_tokens`), `[documents]`.
 
     Raises `UserError` where more than a quarter of the groups have none; a few others are left out.
     """
@@ -90,7 +90,7 @@ def drawable_groups(source: TokenSource, sequence_length: int) -> NDArray[Any]:
     missing = len(fits) - int(fits.sum())
     if missing > MOST_LOST_GROUPS * len(fits):
         raise UserError(
-            f"{missing:,} of {len(fits):,} prompts leave no room for their completions in a row of "
+            f"{missing:,} of {len(fits):,} groups have no room for their completions in a row of "
             f"{sequence_length:,} tokens",
             where=source.path,
             hint=f"raise --sequence-length (the longest needs {least.max():,} tokens)",
@@ -99,7 +99,7 @@ def drawable_groups(source: TokenSource, sequence_length: int) -> NDArray[Any]:
     if missing or cut:
         warnings.warn(
             f"{source.path}: of {len(fits):,} groups {cut:,} are longer than a row of {sequence_length:,} tokens, "
-            f"and their completions are cut; {missing:,} have prompts that leave no room, and are left out; "
+            f"and their completions are cut; {missing:,} do not fit even so, and are left out; "
             f"the longest has {source.lengths.max():,} tokens",
             KoineWarning,
             stacklevel=4,

@@ -245,18 +245,23 @@ def path_of(segments: Sequence[PlacedSegment], number: int) -> list[int]:
 
 
 def fewest_tokens(segments: Sequence[Segment]) -> int:
-    """Return the tokens of a group whose completions are cut to one token each."""
-    return sum(1 if one.completion else one.length for one in segments)
+    """Return the tokens that a group takes at least: with its completions cut to one token each.
+
+    A group whose completions are shown again, and then revised, is never cut: the model would learn to go on
+    after half an answer.
+    """
+    shown = any(one.parent >= 0 and segments[one.parent].completion for one in segments)
+    return sum(1 if one.completion and not shown else one.length for one in segments)
 
 
 def fit_segments(segments: Sequence[Segment], room: int) -> list[int]:
     """Return the length of each segment in a row of `room` tokens: the longest completions are cut first.
 
     All completions are cut to one common length at most, so that none of a group loses its end where others
-    keep theirs at that length. Raises `ValueError` where not even one token of each fits.
+    keep theirs at that length. Raises `ValueError` where `fewest_tokens` do not fit.
     """
     if fewest_tokens(segments) > room:
-        raise ValueError("the group does not fit, even with completions of one token")
+        raise ValueError("the group does not fit, even cut as far as it may be")
     fixed = sum(one.length for one in segments if not one.completion)
     completions = sorted(one.length for one in segments if one.completion)
     left, cap = room - fixed, max(completions, default=0)
