@@ -201,7 +201,7 @@ def test_what_it_refuses() -> None:
 
 
 PARENT = """
-import os, random, signal, sys, time, warnings
+import sys, warnings
 from pathlib import Path
 
 warnings.simplefilter("ignore")
@@ -210,12 +210,12 @@ import torch.distributed.checkpoint
 import tensorboardX
 from koine.align.monitor import Monitor
 from koine.align.stopping import StopAtLimit
-from koine.files import sha256_file
 import koine.model.formats.directory, torch.optim.adamw, torch._dynamo, koine.train.loop
 import koine.generate.scheduler
 from koine.train import LanguageModelling, TrainSettings, train
 from tests.align import policies
-from tests.align.test_monitor import SAMPLING, monitor
+from tests.align.test_monitor import monitor
+from tests.kills import kill_and_repeat
 from tests.train.fakes import fake_order
 
 torch.set_num_threads(1)
@@ -227,45 +227,13 @@ settings = TrainSettings(
 )
 FILES = ("model.safetensors", "training.json", "README.md", "metrics-behaviour.jsonl", "metrics-samples.jsonl")
 
-def life(out):
-    child = os.fork()
-    if child == 0:
-        try:
-            watching = monitor(folder=out, reference=policies.policy())
-            more = {"out": out, "evaluate": watching, "progress": False, "device": "cpu"}
-            train(policies.policy(), LanguageModelling(), order, settings, stop=StopAtLimit("kl", 0.07), **more)
-            os._exit(0)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-    return child
+def run(out):
+    watching = monitor(folder=out, reference=policies.policy())
+    more = {"out": out, "evaluate": watching, "progress": False, "device": "cpu"}
+    train(policies.policy(), LanguageModelling(), order, settings, stop=StopAtLimit("kl", 0.07), **more)
 
-begin = time.monotonic()
-_, status = os.waitpid(life(folder / "whole"), 0)
-assert status == 0, status
-length = time.monotonic() - begin
-stopped = koine.train.loop.read_json(folder / "whole" / "training.json")["stopped"]
-wanted = [sha256_file(folder / "whole" / name) for name in FILES]
-draw = random.Random(11)
-kills = rounds = 0
-while kills < int(sys.argv[2]):
-    rounds += 1
-    out = folder / f"killed-{rounds}"
-    for attempt in range(6):
-        child = life(out)
-        if attempt < 5:
-            time.sleep(draw.uniform(0.02, 1.1 * length))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            kills += 1
-            continue
-        assert status == 0, status
-        break
-    found = [sha256_file(out / name) for name in FILES]
-    assert found == wanted, [name for name, a, b in zip(FILES, found, wanted) if a != b]
-print("kills", kills, "rounds", rounds, "length", length, "stopped", stopped)
+kill_and_repeat(run, folder, kills=int(sys.argv[2]), seed=11, files=FILES)
+print(koine.train.loop.read_json(folder / "whole" / "training.json")["stopped"])
 """
 
 
@@ -276,6 +244,4 @@ def test_a_killed_run_stops_at_the_same_step_with_the_same_files(tmp_path: Path)
         capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[1]) >= 10
     assert "'reason': 'kl is 0." in done.stdout
-    print(done.stdout)

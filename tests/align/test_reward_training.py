@@ -153,7 +153,7 @@ def test_other_data_is_refused(tmp_path: Path, tokenizer: Path) -> None:
 
 
 PARENT = """
-import os, random, signal, sys, time, warnings
+import sys, warnings
 from pathlib import Path
 
 warnings.simplefilter("ignore")
@@ -162,9 +162,9 @@ import torch.distributed.checkpoint
 import tensorboardX
 from tests.align.pairs import pair_mixture
 from tests.align.test_reward_training import new_model
+from tests.kills import kill_and_repeat
 from koine.align.reward_objective import BradleyTerry
 from koine.data.preference_order import PreferenceOrder
-from koine.files import sha256_file
 import torch.optim.adamw, torch._dynamo, koine.train.loop, koine.model.formats.reward_files
 from koine.train import TrainSettings, train
 
@@ -175,43 +175,12 @@ settings = TrainSettings(
     dtype="float32", threads=1, checkpoint_every=3, warmup_steps=2, micro_batch_size=1, learning_rate=1e-2
 )
 
-def life(out):
-    child = os.fork()
-    if child == 0:
-        try:
-            more = {"out": out, "tokenizer": tokenizer, "progress": False, "device": "cpu"}
-            train(new_model(), BradleyTerry(centring=0.01), order, settings, **more)
-            os._exit(0)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-    return child
+def run(out):
+    more = {"out": out, "tokenizer": tokenizer, "progress": False, "device": "cpu"}
+    train(new_model(), BradleyTerry(centring=0.01), order, settings, **more)
 
-begin = time.monotonic()
-_, status = os.waitpid(life(folder / "whole"), 0)
-assert status == 0, status
-length = time.monotonic() - begin
-wanted = sha256_file(folder / "whole" / "model.safetensors")
-draw = random.Random(5)
-kills = rounds = 0
-while kills < int(sys.argv[4]):
-    rounds += 1
-    out = folder / f"killed-{rounds}"
-    for attempt in range(6):
-        child = life(out)
-        if attempt < 5:
-            time.sleep(draw.uniform(0.02, 1.1 * length))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            kills += 1
-            continue
-        assert status == 0, status
-        break
-    assert sha256_file(out / "model.safetensors") == wanted, f"round {rounds} ended in other weights"
-    assert (out / "config.json").read_text() == (folder / "whole" / "config.json").read_text()
-print("kills", kills, "rounds", rounds)
+files = ("model.safetensors", "config.json")
+kill_and_repeat(run, folder, kills=int(sys.argv[4]), seed=5, files=files)
 """
 
 
@@ -224,4 +193,3 @@ def test_bit_identical_after_kills(tmp_path: Path, tokenizer: Path, pairs: Path)
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[1]) >= 20
