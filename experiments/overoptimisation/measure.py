@@ -1,4 +1,4 @@
-"""What is measured of a policy at every evaluation, and the steps that measure.
+"""Measurements of a policy at every evaluation, and the steps that make them.
 
 P_win is sigmoid(r_v - r_c): r_v the gold reward of the policy's answer, r_c that of a competitor's answer to
 the same prompt, both on the gold reward's scale of 0 to 6; the mean over prompts and competitors.
