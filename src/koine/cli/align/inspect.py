@@ -132,7 +132,7 @@ def _open(model: Path, device: str, dtype: str) -> tuple[Any, str]:
     """Return the model, moved and cast, and its device."""
     import torch
 
-    from koine.cli.train import open_model
+    from koine.cli.training_run import open_model
     from koine.hardware import chosen_device, chosen_dtype
 
     place = chosen_device(device)

@@ -15,7 +15,7 @@ from koine.cli.arguments import DEVICE, MODEL
 from koine.cli.commands import Command
 from koine.cli.outputs import InputFile, OutputFolder
 from koine.cli.recording import recorded_output
-from koine.cli.train import LORA_PREFIX, setting_options, take
+from koine.cli.training_options import LORA_PREFIX, setting_options, take
 from koine.errors import UserError
 from koine.model.lora.config import LoraConfig
 from koine.train.settings import TrainSettings

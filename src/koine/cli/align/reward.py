@@ -9,7 +9,8 @@ import click
 
 from koine.cli.arguments import MODEL
 from koine.cli.commands import Command
-from koine.cli.train import run_training, training_options
+from koine.cli.training_options import training_options
+from koine.cli.training_run import run_training
 from koine.errors import UserError
 
 if TYPE_CHECKING:

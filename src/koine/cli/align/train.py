@@ -10,7 +10,8 @@ import click
 from koine.cli.align.monitoring import make_monitor, monitor_options, take_monitor_options
 from koine.cli.arguments import MODEL
 from koine.cli.commands import Command
-from koine.cli.train import open_model, run_training, training_options
+from koine.cli.training_options import training_options
+from koine.cli.training_run import open_model, run_training
 from koine.errors import UserError
 from koine.files import sha256_file
 
