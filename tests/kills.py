@@ -21,8 +21,8 @@ def kill_and_repeat(
 ) -> float:
     """Run `run(out)` once undisturbed, then killed and repeated until there were `kills`; compare the files.
 
-    Each life is a fork, so that it starts in milliseconds where the caller has imported everything before. The
-    moment of a kill is drawn over the whole of a life.
+    Each life is a fork: it starts in milliseconds where the caller has imported everything before. The moment
+    of a kill is drawn over the whole of a life.
 
     Args:
         run: writes to the folder `out`, and resumes there.

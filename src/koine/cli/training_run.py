@@ -261,7 +261,7 @@ def _check_evaluation_options(
 def _make_evaluation(
     options: EvaluationOptions, tokenizer: Path | None, monitor: NamedEvaluation | None
 ) -> NamedEvaluation | None:
-    """Return the evaluation during training: the monitor, bits per byte of documents, or both; None: neither."""
+    """Return the monitor, the bits per byte of documents, or both joined; None where there is neither."""
     from koine.train.evaluation import JoinedEvaluations
 
     probe = _make_probe(options, tokenizer) if options.evaluate_data else None

@@ -187,7 +187,7 @@ def online(
 
 
 def reward_identity(text: str, reward_model: Path | None, judge: Path | None, template: Path | None) -> str:
-    """Return the text of a reward with digests of what else determines it: models by their weights, the template.
+    """Return the text of a reward with digests of the rest: the weights of its models, the template.
 
     A folder of other weights under the same name is another reward; a copy of a folder is the same one.
     """
