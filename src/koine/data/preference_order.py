@@ -24,7 +24,7 @@ class PreferenceOrder(RowOrder):
     """Batches of a mixture of groups: a row holds whole groups, and `batch` is a pure function of the step.
 
     Completions of a group that is longer than a row are cut to one common length. Groups whose prompt leaves
-    no room for them are left out, with a warning.
+    no room for them, and longer ones with revisions, are left out, with a warning.
 
     Raises `UserError` for a packing that cuts documents, for sources that hold no groups, and where most
     groups would be left out.
